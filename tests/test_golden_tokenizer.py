@@ -1,0 +1,33 @@
+"""The published vocabulary's ids for a few thousand nasty captions; golden/record_tokenizer.py says what the file holds."""
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tokenizer import END, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads(gzip.decompress((Path(__file__).parent / "golden" / "tokenizer.json.gz").read_bytes()))
+
+
+def published(golden, **options):
+    vocab = golden["vocab"] | {left + right: i for left, right, i in golden["merges"]}
+    return Tokenizer(vocab, [(left, right) for left, right, _ in golden["merges"]], **options)
+
+
+@pytest.mark.parametrize("column, pad_token", [(1, END), (2, "!")])
+def test_as_transformers(column, pad_token, golden):
+    tokenizer = published(golden, pad_token=pad_token)
+    wrong = [row[0] for row in golden["plain"] if tokenizer.encode(row[0]) != row[column]]
+    assert len(golden["plain"]) > 3000 and not wrong
+
+
+def test_repaired_as_the_paper_s_code(golden):
+    tokenizer = published(golden, repair=True)
+    wrong = [text for text, ids in golden["repaired"] if tokenizer.encode(text) != ids]
+    assert len(golden["repaired"]) > 400 and not wrong

@@ -1,0 +1,179 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from sample import check, find_blobs, whole
+from train import (BACKGROUNDS, COLOURS, HELD_OUT, OUTLINES, RELATIONS, SIZES, SPLITS, TINT, Shapes, draw, parse,
+                   split_of)
+
+
+def pairs(caption):
+    return {(colour, shape) for _, colour, shape in parse(caption).objects}
+
+
+def test_same_seed_and_index_give_the_same_picture():
+    one, two = Shapes(64, seed=3), Shapes(64, seed=3)
+    for i in (5, 0, 10**9, 5):
+        (a, caption), (b, same) = one[i], two[i]
+        assert caption == same == one.caption(i) and (a == b).all()
+
+
+def test_seed_index_and_split_change_the_picture():
+    starts = [Shapes(64, seed, split)[i][0].tobytes() for seed in (0, 1) for split in SPLITS for i in (0, 1)]
+    assert len(set(starts)) == len(starts)
+    with pytest.raises(ValueError, match="split is one of"):
+        Shapes(split="val")
+
+
+def test_splits_are_disjoint_and_the_held_out_pairs_stay_out():
+    captions = {split: {Shapes(split=split).caption(i) for i in range(3000)} for split in SPLITS}
+    for a, b in itertools.combinations(SPLITS, 2):
+        assert not captions[a] & captions[b]
+    assert not any(pairs(c) & HELD_OUT for c in captions["train"] | captions["test"])
+    assert all(pairs(c) & HELD_OUT for c in captions["heldout"])
+    assert all(split_of(parse(c)) == split for split in SPLITS for c in captions[split])
+    # Every colour and every shape of a held-out pair is still seen in training.
+    seen = set().union(*map(pairs, captions["train"]))
+    assert len(seen) == 35 and {c for c, _ in seen} == set(COLOURS) and {s for _, s in seen} == set(OUTLINES)
+    assert len({c for c, _ in HELD_OUT}) == len({s for _, s in HELD_OUT}) == len(HELD_OUT) == 5
+
+
+def test_shares_of_captions():
+    scenes = [parse(Shapes(seed=2).caption(i)) for i in range(3000)]
+    # Above the 40 % drawn: captions of two objects have a held-out pair oftener, and those are left out.
+    assert 0.38 < np.mean([len(s.objects) == 1 for s in scenes]) < 0.48
+    assert 0.7 < np.mean([size is not None for s in scenes for size, _, _ in s.objects]) < 0.8
+    assert all(len(pairs(s.caption())) == len(s.objects) for s in scenes)
+
+
+def test_parse_round_trip():
+    for i in range(1000):
+        caption = Shapes(split=SPLITS[i % 3]).caption(i)
+        assert parse(caption).caption() == caption
+    scene = parse("an orange circle to the left of a small red star on a grey background")
+    assert scene.objects == [(None, "orange", "circle"), ("small", "red", "star")]
+    assert (scene.relation, scene.background) == ("to the left of", "grey")
+
+
+@pytest.mark.parametrize("caption", [
+    "", "a dog", "a orange circle", "an red circle", "red circle", "a red small circle",
+    "a red circle near a blue star",
+    "a red circle on a pink background", "a red circle above", "a red circle.", "a red star above a red star",
+    "a small red star above a big red star"])
+def test_parse_refuses(caption):
+    with pytest.raises(ValueError, match="caption|colour and shape"):
+        parse(caption)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
+def test_pictures_keep_their_bounds(size):
+    data = Shapes(size, seed=4)
+    for i in range(40):
+        image, caption = data[i]
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        if size >= 64:  # below that the margin is less than a pixel
+            assert (border == border[0]).all(), "an object leaves the picture"
+        background = np.median(border, axis=0)
+        assert min(np.abs(background - rgb).max() for rgb in BACKGROUNDS.values()) <= TINT
+
+
+def test_objects_keep_their_sizes_and_distances():
+    data = Shapes(128, seed=5)
+    for i in range(200):
+        image, caption = data[i]
+        scene = parse(caption)
+        blobs = find_blobs(image.astype(np.float32), image[0, 0].astype(np.float32))
+        assert len(blobs) == len(scene.objects)
+        if scene.relation:
+            first, second = blobs if (blobs[0].colour, blobs[0].shape) == scene.objects[0][1:] else blobs[::-1]
+            dx, dy = np.subtract(first.centre, second.centre)
+            along, across = (dx, dy) if RELATIONS[scene.relation][0] else (dy, dx)
+            assert abs(along) > 1.4 * abs(across) and np.sign(along) == sum(RELATIONS[scene.relation])
+
+
+def changed(caption, attribute, rng):
+    """The caption with one attribute of another value, or None if it does not name that attribute."""
+    def other(names, name):
+        return rng.choice([n for n in names if n != name])
+
+    scene = parse(caption)
+    k = rng.integers(len(scene.objects))
+    size, colour, shape = scene.objects[k]
+    if attribute == "relation" and scene.relation:
+        scene.relation = other(RELATIONS, scene.relation)
+    elif attribute == "background" and scene.background:
+        scene.background = other(BACKGROUNDS, scene.background)
+    elif attribute == "size" and size:
+        scene.objects[k] = (other(SIZES, size), colour, shape)
+    elif attribute == "colour":
+        scene.objects[k] = (size, other(COLOURS, colour), shape)
+    elif attribute == "shape":
+        scene.objects[k] = (size, colour, other(OUTLINES, shape))
+    else:
+        return None
+    twins = len(scene.objects) == 2 and scene.objects[0][1:] == scene.objects[1][1:]
+    return None if twins else scene.caption()
+
+
+def blurred(image):
+    return np.array(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.5)))
+
+
+def noisy(image):
+    noise = np.random.default_rng(0).normal(0, 8, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size, spoil", [(128, None), (64, None), (128, blurred), (128, noisy)])
+def test_checker_is_right(size, spoil):
+    right = []
+    for i in range(300):
+        image, caption = Shapes(size, seed=6, split=SPLITS[i % 3])[i]
+        right.append(whole(check(spoil(image) if spoil else image, caption)))
+    assert np.mean(right) >= 0.99
+
+
+@pytest.mark.parametrize("attribute", ["colour", "shape", "size", "relation", "background"])
+def test_checker_refuses_a_changed_attribute(attribute):
+    rng, refused, i = np.random.default_rng(7), [], 0
+    while len(refused) < 150:
+        image, caption = Shapes(128, seed=7, split=SPLITS[i % 3])[i]
+        i += 1
+        if wrong := changed(caption, attribute, rng):
+            answer = check(image, wrong)
+            refused.append(not all(answer[attribute]) and not whole(answer))
+    assert np.mean(refused) >= 0.99
+
+
+def test_checker_answers_for_what_is_named():
+    image = draw("a small red circle above a big blue star on a white background", np.random.default_rng(0))
+    assert check(image, "a red circle above a big blue star") == {
+        "colour": [True, True], "shape": [True, True], "size": [True], "relation": [True], "background": [],
+        "count": [True]}
+    assert whole(check(image, "a big blue star below a small red circle"))  # the same scene, told the other way round
+    assert check(image, "a green circle above a big blue star")["colour"] == [False, True]
+    with pytest.raises(ValueError):
+        check(image, "a dog")
+
+
+def test_checker_counts_objects():
+    rng = np.random.default_rng(0)
+    caption = "a small red circle above a big blue star"
+    blank = np.full((128, 128, 3), 243, np.uint8)
+    answer = check(blank, caption)
+    assert not any(itertools.chain(*answer.values())) and len(answer["colour"]) == 2
+    image = draw(caption + " on a white background", rng)
+    one = check(image, "a small red circle")
+    assert one.pop("count") == [False] and whole(one)  # an extra object leaves the named one's attributes right
+    lone = check(draw("a big blue star", rng), caption)
+    assert lone["count"] == lone["relation"] == [False] and lone["colour"] == [False, True]
+
+
+def test_checker_parts_objects_that_touch_and_ignores_specks():
+    image = np.full((128, 128, 3), 243, np.uint8)
+    image[40:82, 20:62], image[50:74, 62:86] = COLOURS["red"], COLOURS["green"]
+    image[100:105, 100:105] = COLOURS["blue"]
+    assert whole(check(image, "a big red square to the left of a small green square on a white background"))

@@ -1,0 +1,993 @@
+"""
+Würstchen: text-to-image diffusion in a space 42 times smaller than the picture, in one readable module.
+
+Pernias, Rampas, Richter, Pal, Aubreville: "Würstchen: An Efficient Architecture for Large-Scale Text-to-Image
+Diffusion Models", arXiv 2306.00637 ("the paper" below). Three stages, trained A -> B -> C and run C -> B -> A:
+
+    caption --TextEncoder--> text --StageC--> semantic latents --StageB--> latents --VQGAN decoder--> picture
+                                   (B, 24, 24, 16)          (B, 256, 256, 4)              (B, 1024, 1024, 3)
+
+Read it from top to bottom:
+
+    1. sizes        Config and PRESETS
+    2. blocks       ResBlock, TimestepBlock, AttnBlock: what stages B and C are made of
+    3. text         TextEncoder, CLIP
+    4. Stage A      VQGAN, Discriminator
+    5. compressor   EfficientNet, SemanticCompressor
+    6. Stage B      a U-Net in Stage A's latent space
+    7. Stage C      a flat network on the semantic latents
+    8. diffusion    schedule, noise, steps, the sampling loop
+    9. Wuerstchen   all of it together: generate, reconstruct, save, load
+
+What is notable:
+- Pictures and activations are channels last, (B, H, W, C), everywhere. LayerNorm, Linear and GlobalResponseNorm then
+  need no permutes, and a 1x1 convolution simply is a Linear. The few real convolutions see the same memory as an
+  NCHW tensor in PyTorch's `channels_last` format, which is the fast one for them anyhow.
+- Pictures are float in [0, 1]. "Latents" are Stage A's, "semantic" the semantic compressor's.
+- Time is continuous, t in [0, 1]: 0 is the clean picture, 1 is noise.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from tokenizer import Tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Sizes. One small dataclass a network; the defaults are the published 1024-px model ("v2").
+
+
+@dataclass
+class TextConfig:
+    """A CLIP text transformer. The defaults are ViT-H/14's, which conditions Stage B."""
+    vocab_size: int = 49408
+    length: int = 77  # tokens in a caption, padded
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    activation: str = "gelu"  # or "quick_gelu", OpenAI's approximation
+
+
+@dataclass
+class VQGANConfig:
+    channels: tuple = (192, 384)  # of each level
+    blocks: int = 12  # in the decoder, at the lowest resolution
+    latent_channels: int = 4
+    codebook_size: int = 8192
+    scale: float = 0.3764  # B works on latents divided by this
+    disc_depth: int = 6
+    disc_width: int = 512
+
+
+@dataclass
+class CompressorConfig:
+    """EfficientNetV2-S. A stage: (block, expansion, stride, channels, layers)."""
+    stem: int = 24
+    stages: tuple = (
+        ("fused", 1, 1, 24, 2),
+        ("fused", 4, 2, 48, 4),
+        ("fused", 4, 2, 64, 4),
+        ("mbconv", 4, 2, 128, 6),
+        ("mbconv", 6, 1, 160, 9),
+        ("mbconv", 6, 2, 256, 15),
+    )
+    features: int = 1280
+    stochastic_depth: float = 0.2
+    channels: int = 16  # of the semantic latents
+
+
+@dataclass
+class StageBConfig:
+    channels: tuple = (320, 640, 1280, 1280)  # of each level
+    blocks: tuple = (4, 4, 14, 4)  # on the way down, and mirrored on the way up
+    heads: tuple = (0, 10, 20, 20)  # 0: a level without attention
+    semantic: tuple = (False, True, True, True)  # levels whose ResBlocks see the semantic latents
+    cond_width: int = 1024
+    text_width: int = 1024
+    patch: int = 2
+    dropout: float = 0.1
+    latent_channels: int = 4
+    semantic_channels: int = 16
+    time_width: int = 64
+
+
+@dataclass
+class StageCConfig:
+    width: int = 1536
+    depth: int = 32
+    heads: int = 24
+    text_width: int = 1280
+    dropout: float = 0.1
+    channels: int = 16
+    time_width: int = 64
+
+
+@dataclass
+class Config:
+    """Sizes of the whole system. `text_b` None: Stage B reads the same text encoder as Stage C."""
+    image_size: int = 1024  # side in pixels that the stages are trained at
+    text: TextConfig = field(default_factory=TextConfig)
+    text_b: TextConfig | None = None
+    a: VQGANConfig = field(default_factory=VQGANConfig)
+    compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    b: StageBConfig = field(default_factory=StageBConfig)
+    c: StageCConfig = field(default_factory=StageCConfig)
+
+    @property
+    def stride(self):
+        """Pixels that a side of a picture must divide by: Stage A's 4, B's patch and B's down-samplings."""
+        return 4 * self.b.patch * 2 ** (len(self.b.channels) - 1)
+
+    @property
+    def cells(self):
+        """Side of the semantic latents at `image_size`: shrunk to 3/4, then EfficientNet's stride of 32. 128 -> 3"""
+        return math.ceil(0.75 * self.image_size / 32)
+
+    def grid(self, height, width):
+        """Sizes to draw a picture of height x width pixels at, rounded as the published model does: one semantic cell
+        for each 42.67 pixels or part of them, 10.67 latents a cell, and those to what Stage B's strides divide.
+        -> semantic (hs, ws), Stage A's latents (h, w)"""
+        side, unit = self.image_size, self.stride // 4
+        semantic = [max(1, math.ceil(pixels * self.cells / side)) for pixels in (height, width)]
+        latents = [int(n * side / 4 / self.cells) for n in semantic]
+        return tuple(semantic), tuple(max(1, round(n / unit)) * unit for n in latents)
+
+    @classmethod
+    def from_dict(cls, d):
+        parts = dict(text=TextConfig, text_b=TextConfig, a=VQGANConfig, compressor=CompressorConfig,
+                     b=StageBConfig, c=StageCConfig)
+        return cls(**{k: parts[k](**v) if k in parts and v is not None else v for k, v in d.items()})
+
+
+PRESETS = {
+    # Trains on two CPU cores in minutes.
+    "tiny": Config(
+        image_size=128,
+        text=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
+        a=VQGANConfig(channels=(32, 64), blocks=2, codebook_size=256, disc_depth=4, disc_width=128),
+        compressor=CompressorConfig(stem=16, stages=(("fused", 1, 1, 16, 1), ("fused", 4, 2, 24, 1),
+                                                     ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
+                                                     ("mbconv", 4, 1, 80, 1), ("mbconv", 4, 2, 128, 1)),
+                                    features=256, stochastic_depth=0.0),
+        b=StageBConfig(channels=(64, 128, 192), blocks=(1, 2, 2), heads=(0, 4, 6), semantic=(False, True, True),
+                       cond_width=64, text_width=128, dropout=0.0),
+        c=StageCConfig(width=192, depth=6, heads=6, text_width=128, dropout=0.0),
+    ),
+    # One consumer GPU, 32 to 256 px: CIFAR, COCO subsets.
+    "small": Config(
+        image_size=256,
+        text=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
+        a=VQGANConfig(channels=(96, 192), blocks=6, codebook_size=4096, disc_depth=5, disc_width=256),
+        compressor=CompressorConfig(),
+        b=StageBConfig(channels=(128, 256, 512), blocks=(2, 4, 6), heads=(0, 8, 16), semantic=(False, True, True),
+                       cond_width=256, text_width=512),
+        c=StageCConfig(width=768, depth=16, heads=12, text_width=512),
+    ),
+    # The published model.
+    "v2": Config(
+        text=TextConfig(width=1280, depth=32, heads=20, mlp_width=5120),  # ViT-bigG/14
+        text_b=TextConfig(),  # ViT-H/14
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Blocks shared by stages B and C (paper, section 3 and appendix; ConvNeXt-like).
+
+
+class Conv(nn.Conv2d):
+    """A convolution on (B, H, W, C). The permutes only rename axes, no memory moves."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvUp(nn.ConvTranspose2d):
+    """A transposed convolution on (B, H, W, C)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def layer_norm(channels):
+    """LayerNorm over channels without weights: the time embedding does the scaling."""
+    return nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+
+
+def space_to_depth(x, patch):
+    """(B, H, W, C) -> (B, H/patch, W/patch, C·patch²), channels in nn.PixelUnshuffle's order."""
+    B, H, W, C = x.shape
+    x = x.view(B, H // patch, patch, W // patch, patch, C)
+    return x.permute(0, 1, 3, 5, 2, 4).reshape(B, H // patch, W // patch, C * patch * patch)
+
+
+def depth_to_space(x, patch):
+    """(B, h, w, C·patch²) -> (B, h·patch, w·patch, C): the inverse of space_to_depth."""
+    B, H, W, C = x.shape
+    x = x.view(B, H, W, C // patch**2, patch, patch)
+    return x.permute(0, 1, 4, 2, 5, 3).reshape(B, H * patch, W * patch, C // patch**2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2's GRN: channels that respond more than the average over the picture are strengthened."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H, W, C)"""
+        # The L2 norm by hand, in float32 as half precision would overflow: twice as fast as torch.linalg's on a CPU. The
+        # 1e-12 keeps the gradient of the root finite where a channel is silent.
+        energy = (x.float().square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
+        energy = energy / (energy.mean(dim=-1, keepdim=True) + 1e-6)
+        return x * (1 + self.gamma * energy).to(x.dtype) + self.beta.to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Depthwise 3x3 mixes space, then an MLP mixes channels. `skip_channels` more channels may join before the MLP
+    (U-Net skip and semantic latents in Stage B)."""
+
+    def __init__(self, channels, skip_channels=0, dropout=0.0):
+        super().__init__()
+        self.depthwise = Conv(channels, channels, 3, padding=1, groups=channels)
+        self.norm = layer_norm(channels)
+        self.expand = nn.Linear(channels + skip_channels, 4 * channels)
+        self.grn = GlobalResponseNorm(4 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(4 * channels, channels)
+
+    def forward(self, x, skip=None):
+        """x (B, H, W, C), skip (B, H, W, skip_channels) or None -> (B, H, W, C)"""
+        h = self.norm(self.depthwise(x))
+        if skip is not None:
+            h = torch.cat([h, skip], dim=-1)
+        h = self.grn(F.gelu(self.expand(h)))
+        return x + self.project(self.dropout(h))
+
+
+class TimestepBlock(nn.Module):
+    """Scales and shifts every channel by the time: x·(1 + a) + b."""
+
+    def __init__(self, channels, time_width):
+        super().__init__()
+        self.mapper = nn.Linear(time_width, 2 * channels)
+
+    def forward(self, x, time):
+        """x (B, H, W, C), time (B, time_width) -> (B, H, W, C)"""
+        a, b = self.mapper(time)[:, None, None].chunk(2, dim=-1)
+        return x * (1 + a) + b
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d), mask: bool, broadcast to (B, heads, N, M), True
+    where a query may look -> (B, heads, N, d)"""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # The same by hand: on a CPU, the fused kernel's backward pass is ten times as slow for such short sequences.
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to context."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, context, mask=None):
+        """x (B, N, C), context (B, M, C), mask: bool, broadcast to (B, heads, N, M) -> (B, N, C)"""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for y in (self.q(x), self.k(context), self.v(context)))
+        return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class AttnBlock(nn.Module):
+    """Self and cross attention in one: every position attends to all positions and to the text."""
+
+    def __init__(self, channels, cond_width, heads):
+        super().__init__()
+        self.norm = layer_norm(channels)
+        self.kv = nn.Linear(cond_width, channels)
+        self.attention = Attention(channels, heads)
+
+    def forward(self, x, text):
+        """x (B, H, W, C), text (B, L, cond_width) -> (B, H, W, C)"""
+        pixels = self.norm(x).flatten(1, 2)
+        context = torch.cat([pixels, self.kv(F.silu(text))], dim=1)
+        return x + self.attention(pixels, context).view_as(x)
+
+
+def time_embedding(t, width):
+    """Sines and cosines of the time. t (B,) in [0, 1] -> (B, width)"""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+    angles = t[:, None] * 10000 * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def init_weights(module):
+    """Xavier-uniform for every Linear and convolution, zero biases (authors' code; facts)."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Text: CLIP's text transformer, and the contrastive model that trains it (Radford et al., 2021).
+
+
+class TextLayer(nn.Module):
+    """A pre-LayerNorm transformer layer."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.quick_gelu = cfg.activation == "quick_gelu"
+        self.norm1 = nn.LayerNorm(cfg.width)
+        self.attention = Attention(cfg.width, cfg.heads)
+        self.norm2 = nn.LayerNorm(cfg.width)
+        self.expand = nn.Linear(cfg.width, cfg.mlp_width)
+        self.project = nn.Linear(cfg.mlp_width, cfg.width)
+
+    def forward(self, x, mask):
+        """x (B, L, width), mask (B, 1, L, L): True where a token may look -> (B, L, width)"""
+        h = self.norm1(x)
+        x = x + self.attention(h, h, mask)
+        h = self.expand(self.norm2(x))
+        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
+        return x + self.project(h)
+
+
+class TextEncoder(nn.Module):
+    """Token ids to one vector a token: CLIP's `last_hidden_state`, which stages B and C attend to, padding and all."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tokens = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.positions = nn.Parameter(torch.zeros(cfg.length, cfg.width))
+        self.layers = nn.ModuleList(TextLayer(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.apply(init_weights)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+
+    def forward(self, ids, mask):
+        """ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        # A token sees those before it and no padding. Padded places see the whole caption.
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        visible = causal & mask[:, None, None]
+        for layer in self.layers:
+            x = layer(x, visible)
+        return self.norm(x)
+
+
+class CLIP(nn.Module):
+    """A text encoder and an EfficientNet that learn to agree on which caption belongs to which picture. The text
+    encoder is what the stages need of it; Stage B's compressor starts from the picture side (as the authors' starts
+    from ImageNet weights)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.text = TextEncoder(cfg.text)
+        self.image = EfficientNet(cfg.compressor)
+        self.text_projection = nn.Linear(cfg.text.width, cfg.text.width, bias=False)
+        self.image_projection = nn.Linear(cfg.compressor.features, cfg.text.width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images, ids, mask):
+        """images (B, H, W, 3) in [0, 1], ids and mask (B, L) -> logits (B, B): row i, how well picture i fits each
+        caption"""
+        end = mask.sum(dim=1) - 1  # the end token has read the whole caption
+        text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
+        image = self.image(images).mean(dim=(1, 2))
+        text = F.normalize(self.text_projection(text).float(), dim=-1)
+        image = F.normalize(self.image_projection(image).float(), dim=-1)
+        return self.logit_scale.exp().clamp(max=100) * image @ text.T
+
+
+def contrastive_loss(logits, ids):
+    """CLIP's symmetric cross-entropy, where captions that are equal within the batch all count as right.
+    logits (B, B), ids (B, L) -> scalar"""
+    same = (ids[:, None] == ids[None]).all(dim=-1).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Stage A: a VQGAN that makes pictures 4 times smaller in each direction (paper, section 3.1; Esser et al., 2021).
+
+
+class VQBlock(nn.Module):
+    """Depthwise convolution and MLP, each behind a LayerNorm and scaled by learned scalars that start at 0."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise = Conv(channels, channels, 3, padding=1, padding_mode="replicate", groups=channels)
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.project = nn.Linear(4 * channels, channels)
+        self.gammas = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        """(B, H, W, C) -> (B, H, W, C)"""
+        g = self.gammas
+        x = x + self.depthwise(self.modulated_norm(x, g[0], g[1])) * g[2]
+        h = F.gelu(self.expand(self.modulated_norm(x, g[3], g[4])))
+        return x + self.project(h) * g[5]
+
+    def modulated_norm(self, x, scale, shift):
+        """LayerNorm(x)·(1 + scale) + shift, as one operation"""
+        C = x.shape[-1:]
+        return F.layer_norm(x, C, (1 + scale).expand(C), shift.expand(C), eps=1e-6)
+
+
+class Quantizer(nn.Module):
+    """Each latent vector becomes its nearest codebook entry; gradients pass straight through."""
+
+    def __init__(self, codebook_size, channels):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-1 / codebook_size, 1 / codebook_size))
+        # Steps since a code was last the nearest of any latent. It starts high, so that the first batch places all codes
+        # among its latents. Not saved: only training looks at it.
+        self.register_buffer("idle", torch.full((codebook_size,), math.inf), persistent=False)
+
+    def forward(self, x):
+        """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar, codebook + 0.25·commitment"""
+        with torch.no_grad():
+            flat = x.detach().float().reshape(-1, x.shape[-1])
+            distance = self.codebook.square().sum(dim=1) - 2 * flat @ self.codebook.T  # + |x|², the same for all codes
+            codes = distance.argmin(dim=1).view(x.shape[:-1])
+        quantized = F.embedding(codes, self.codebook)
+        loss = F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())
+        return x + (quantized - x).detach(), codes, loss
+
+    @torch.no_grad()
+    def revive(self, x, codes, patience):
+        """Moves every code that nothing has chosen for `patience` steps onto a random latent of this batch, so that
+        the codebook can't collapse. x (B, h, w, C), codes (B, h, w) -> how many were moved"""
+        self.idle += 1
+        self.idle[codes.unique()] = 0
+        dead = (self.idle >= patience).nonzero()[:, 0]
+        flat = x.detach().float().reshape(-1, x.shape[-1])
+        self.codebook[dead] = flat[torch.randint(len(flat), (len(dead),), device=x.device)]
+        self.idle[dead] = 0
+        return len(dead)
+
+
+def codebook_usage(codes, codebook_size):
+    """Share of the codebook in use, and its perplexity (1: one code for everything; codebook_size: all equally often).
+    codes: any shape of int64 -> (float in [0, 1], float >= 1)"""
+    share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
+    perplexity = torch.special.entr(share).sum().exp()
+    return (share > 0).float().mean().item(), perplexity.item()
+
+
+class VQGAN(nn.Module):
+    """Pictures to latents and back. Since v2, Stage B works on the latents *before* quantization."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        c = cfg.channels
+        self.register_buffer("scale", torch.tensor(cfg.scale))
+        encoder = [nn.Linear(3 * 4, c[0])]
+        for i, channels in enumerate(c):
+            if i > 0:
+                encoder.append(Conv(c[i - 1], channels, 4, stride=2, padding=1))
+            encoder.append(VQBlock(channels))
+        self.encoder = nn.Sequential(*encoder)
+        self.to_latents = nn.Linear(c[-1], cfg.latent_channels, bias=False)
+        self.latent_norm = nn.BatchNorm1d(cfg.latent_channels)  # so that latents have mean 0 and deviation 1
+        self.quantizer = Quantizer(cfg.codebook_size, cfg.latent_channels)
+        decoder = [nn.Linear(cfg.latent_channels, c[-1])]
+        for i, channels in reversed(list(enumerate(c))):
+            decoder += [VQBlock(channels) for _ in range(cfg.blocks if i == len(c) - 1 else 1)]
+            if i > 0:
+                decoder.append(ConvUp(channels, c[i - 1], 4, stride=2, padding=1))
+        self.decoder = nn.Sequential(*decoder, nn.Linear(c[0], 3 * 4))
+
+    def encode(self, images):
+        """images (B, H, W, 3) in [0, 1] -> latents before quantization (B, H/4, W/4, 4)"""
+        x = self.to_latents(self.encoder(space_to_depth(images, 2)))
+        return self.latent_norm(x.flatten(0, 2)).view_as(x)
+
+    def decode(self, latents):
+        """latents (B, h, w, 4), quantized or not -> images (B, 4h, 4w, 3), not clamped"""
+        return depth_to_space(self.decoder(latents), 2)
+
+    def forward(self, images):
+        """images (B, H, W, 3) in [0, 1] -> reconstruction (B, H, W, 3), latents (B, H/4, W/4, 4),
+        codes (B, H/4, W/4), quantizer's loss"""
+        latents = self.encode(images)
+        quantized, codes, loss = self.quantizer(latents)
+        return self.decode(quantized), latents, codes, loss
+
+
+class Discriminator(nn.Module):
+    """Says for each patch of a picture how real it looks (facts: "Discriminator")."""
+
+    def __init__(self, depth, width):
+        super().__init__()
+        layers, channels = [], 3
+        for i in range(depth):
+            out = width // 2 ** max(depth - 3 - i, 0)
+            layers.append(spectral_norm(nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=i == 0)))
+            if i > 0:
+                layers.append(nn.InstanceNorm2d(out))  # takes the mean away, and with it any bias before it
+            layers.append(nn.LeakyReLU(0.2))
+            channels = out
+        self.net = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, images):
+        """images (B, H, W, 3) in [0, 1] -> logits (B, 1, h, w), each side halved `depth` times; positive: real"""
+        return self.net(images.permute(0, 3, 1, 2) * 2 - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Semantic Compressor: EfficientNetV2 (Tan and Le, 2021) and a mapper to 16 channels (paper, section 3.1).
+# Its blocks are ordinary NCHW layers: BatchNorm2d wants channels second. Ends are (B, H, W, C) like everything else.
+
+
+def conv_norm(c_in, c_out, kernel, stride=1, groups=1):
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out, eps=1e-3))
+
+
+class SqueezeExcitation(nn.Module):
+    """Weighs channels by what the whole picture holds."""
+
+    def __init__(self, channels, squeezed):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, squeezed)
+        self.excite = nn.Linear(squeezed, channels)
+
+    def forward(self, x):
+        """(B, C, H, W) -> (B, C, H, W)"""
+        weight = torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean(dim=(2, 3))))))
+        return x * weight[:, :, None, None]
+
+
+class MBConv(nn.Module):
+    """Expand, depthwise 3x3, squeeze-excitation, project; `fused`: one full 3x3 convolution expands, and no
+    squeeze-excitation. A block is left out at random with probability `drop` in training (stochastic depth)."""
+
+    def __init__(self, c_in, c_out, expansion, stride, fused, drop):
+        super().__init__()
+        self.residual = stride == 1 and c_in == c_out
+        self.drop = drop
+        wide = c_in * expansion
+        act = nn.SiLU()
+        if fused and expansion == 1:
+            self.layers = nn.Sequential(conv_norm(c_in, c_out, 3, stride), act)
+        elif fused:
+            self.layers = nn.Sequential(conv_norm(c_in, wide, 3, stride), act, conv_norm(wide, c_out, 1))
+        else:
+            self.layers = nn.Sequential(conv_norm(c_in, wide, 1), act,
+                                        conv_norm(wide, wide, 3, stride, groups=wide), act,
+                                        SqueezeExcitation(wide, max(1, c_in // 4)), conv_norm(wide, c_out, 1))
+
+    def forward(self, x):
+        """(B, c_in, H, W) -> (B, c_out, H/stride, W/stride)"""
+        h = self.layers(x)
+        if not self.residual:
+            return h
+        if self.training and self.drop > 0:
+            keep = torch.rand(len(h), 1, 1, 1, device=h.device) >= self.drop
+            h = h * keep / (1 - self.drop)
+        return x + h
+
+
+class EfficientNet(nn.Module):
+    """EfficientNetV2's features: stride 32."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]), persistent=False)  # ImageNet's
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
+        layers = [conv_norm(3, cfg.stem, 3, 2), nn.SiLU()]
+        channels, total, done = cfg.stem, sum(stage[-1] for stage in cfg.stages), 0
+        for kind, expansion, stride, out, count in cfg.stages:
+            for i in range(count):
+                drop = cfg.stochastic_depth * done / total
+                layers.append(MBConv(channels, out, expansion, stride if i == 0 else 1, kind == "fused", drop))
+                channels, done = out, done + 1
+        self.layers = nn.Sequential(*layers, conv_norm(channels, cfg.features, 1), nn.SiLU())
+
+    def forward(self, images):
+        """images (B, H, W, 3) in [0, 1] -> features (B, ⌈H/32⌉, ⌈W/32⌉, features)"""
+        x = (images - self.mean) / self.std
+        return self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SemanticCompressor(nn.Module):
+    """A picture, shrunk to 3/4, to a few semantic latents: 128 px -> 96 px -> 3x3x16."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.backbone = EfficientNet(cfg)
+        self.mapper = nn.Linear(cfg.features, cfg.channels, bias=False)
+        self.norm = nn.BatchNorm1d(cfg.channels)
+
+    def forward(self, images):
+        """images (B, H, W, 3) in [0, 1], already resized -> semantic latents (B, ⌈H/32⌉, ⌈W/32⌉, 16)"""
+        x = self.mapper(self.backbone(images))
+        return self.norm(x.flatten(0, 2)).view_as(x)
+
+
+def resize(images, height, width):
+    """Bicubic with anti-aliasing. (B, H, W, C) -> (B, height, width, C)"""
+    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True)
+    return x.permute(0, 2, 3, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Stage B: from semantic latents (and text) to Stage A's latents, by a diffusion U-Net (paper, section 3.2).
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net, on the way down or up: `blocks` times ResBlock, TimestepBlock and, where the level
+    has heads, AttnBlock."""
+
+    def __init__(self, cfg, i, skip_channels=0):
+        super().__init__()
+        c = cfg.channels[i]
+        self.mapper = nn.Linear(cfg.semantic_channels, cfg.cond_width) if cfg.semantic[i] else None
+        cond = cfg.cond_width if cfg.semantic[i] else 0
+        self.blocks = nn.ModuleList()
+        for j in range(cfg.blocks[i]):
+            self.blocks.append(ResBlock(c, cond + (skip_channels if j == 0 else 0), cfg.dropout))
+            self.blocks.append(TimestepBlock(c, cfg.time_width))
+            if cfg.heads[i]:
+                self.blocks.append(AttnBlock(c, cfg.cond_width, cfg.heads[i]))
+
+    def forward(self, x, time, semantic, text, skip=None):
+        """x (B, H, W, C), time (B, time_width), semantic (B, h, w, 16) of any size, text (B, L, cond_width),
+        skip (B, H, W, skip_channels): the same level's output on the way down -> (B, H, W, C)"""
+        if self.mapper is not None:
+            # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
+            cond = F.interpolate(semantic.permute(0, 3, 1, 2).float(), x.shape[1:3], mode="bicubic",
+                                 antialias=True, align_corners=True)
+            cond = self.mapper(cond.permute(0, 2, 3, 1))
+        else:
+            cond = None
+        for block in self.blocks:
+            if isinstance(block, ResBlock):
+                extra = [y for y in (skip, cond) if y is not None]
+                x = block(x, torch.cat(extra, dim=-1) if extra else None)
+                skip = None  # only the first ResBlock sees it
+            elif isinstance(block, TimestepBlock):
+                x = block(x, time)
+            else:
+                x = block(x, text)
+        return x
+
+
+class StageB(nn.Module):
+    """The noise in Stage A's latents, given the semantic latents and the text ("DiffNeXt")."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        c, depth = cfg.channels, len(cfg.channels)
+        self.text_mapper = nn.Linear(cfg.text_width, cfg.cond_width)
+        self.text_norm = layer_norm(cfg.cond_width)
+        self.embed = nn.Linear(cfg.latent_channels * cfg.patch**2, c[0])
+        self.embed_norm = layer_norm(c[0])
+        self.down = nn.ModuleList(Level(cfg, i) for i in range(depth))
+        self.up = nn.ModuleList(Level(cfg, i, c[i] if i < depth - 1 else 0) for i in reversed(range(depth)))
+        self.downsample = nn.ModuleList(nn.Sequential(layer_norm(c[i]), Conv(c[i], c[i + 1], 2, stride=2))
+                                        for i in range(depth - 1))
+        self.upsample = nn.ModuleList(nn.Sequential(layer_norm(c[i + 1]), ConvUp(c[i + 1], c[i], 2, stride=2))
+                                      for i in reversed(range(depth - 1)))
+        self.out_norm = layer_norm(c[0])
+        self.out = nn.Linear(c[0], 2 * cfg.latent_channels * cfg.patch**2)
+
+        self.apply(init_weights)
+        nn.init.normal_(self.text_mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embed.weight, gain=0.02)
+        nn.init.zeros_(self.out.weight)
+        for level in (*self.down, *self.up):
+            if level.mapper is not None:
+                nn.init.normal_(level.mapper.weight, std=0.02)
+            for block in level.blocks:
+                if isinstance(block, ResBlock):
+                    block.project.weight.data *= (1 / sum(cfg.blocks)) ** 0.5
+                elif isinstance(block, TimestepBlock):
+                    nn.init.zeros_(block.mapper.weight)
+
+    def forward(self, x, t, semantic, text):
+        """x: noisy latents (B, h, w, 4), t (B,) in [0, 1], semantic (B, hs, ws, 16), text (B, L, text_width)
+        -> predicted noise (B, h, w, 4). h and w divide by patch·2^(levels-1)."""
+        time = time_embedding(t, self.cfg.time_width)
+        text = self.text_norm(self.text_mapper(text))
+        h = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch)))
+
+        skips = []
+        for i, level in enumerate(self.down):
+            if i > 0:
+                h = self.downsample[i - 1](h)
+            h = level(h, time, semantic, text)
+            skips.append(h)
+        skips.pop()  # the lowest level's output is h itself
+        for i, level in enumerate(self.up):
+            if i > 0:
+                h = self.upsample[i - 1](h)
+            h = level(h, time, semantic, text, skips.pop() if i > 0 else None)
+
+        # The network says x = a + b·noise, which is easy at both ends of time: near 0 take all from a, near 1 from x.
+        a, b = depth_to_space(self.out(self.out_norm(h)), self.cfg.patch).chunk(2, dim=-1)
+        b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
+        return (x - a) / b
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Stage C: from text to semantic latents (paper, section 3.3). So small a grid needs no U-Net.
+
+
+class StageC(nn.Module):
+    """The noise in the semantic latents, given the text."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        # What the compressor gives is normalised by these, measured in training, before Stage C sees it.
+        self.register_buffer("latent_mean", torch.zeros(cfg.channels))
+        self.register_buffer("latent_std", torch.ones(cfg.channels))
+        self.text_mapper = nn.Sequential(nn.Linear(cfg.text_width, cfg.width), nn.LeakyReLU(0.2),
+                                         nn.Linear(cfg.width, cfg.width))
+        self.embed = nn.Linear(cfg.channels, cfg.width)
+        self.blocks = nn.ModuleList()
+        for _ in range(cfg.depth):
+            self.blocks.append(ResBlock(cfg.width, dropout=cfg.dropout))
+            self.blocks.append(TimestepBlock(cfg.width, cfg.time_width))
+            self.blocks.append(AttnBlock(cfg.width, cfg.width, cfg.heads))
+        self.out_norm = layer_norm(cfg.width)
+        self.out = nn.Linear(cfg.width, 2 * cfg.channels)
+
+        self.apply(init_weights)
+        nn.init.zeros_(self.out.weight)
+        for block in self.blocks:
+            if isinstance(block, ResBlock):
+                block.project.weight.data *= (1 / cfg.depth) ** 0.5
+            elif isinstance(block, TimestepBlock):
+                nn.init.zeros_(block.mapper.weight)
+
+    def forward(self, x, t, text):
+        """x: noisy semantic latents (B, h, w, 16), t (B,) in [0, 1], text (B, L, text_width)
+        -> predicted noise (B, h, w, 16)"""
+        time = time_embedding(t, self.cfg.time_width)
+        text = self.text_mapper(text)
+        h = self.embed(x)
+        for block in self.blocks:
+            if isinstance(block, ResBlock):
+                h = block(h)
+            elif isinstance(block, TimestepBlock):
+                h = block(h, time)
+            else:
+                h = block(h, text)
+        a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)
+        return (x - a) / ((1 - b.float()).abs() + 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Diffusion, the same for B and C (paper, section 3.2; facts: "Diffusion"). Time t runs from 0 (clean) to 1 (noise).
+
+
+def alpha_bar(t):
+    """Share of the signal's variance left at time t: the cosine schedule. t: tensor in [0, 1] -> same shape, in
+    [0.0001, 0.9999]"""
+    s = 0.008
+    start = math.cos(s / (1 + s) * math.pi / 2) ** 2
+    return (torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / start).clamp(0.0001, 0.9999)
+
+
+def add_noise(x, noise, t):
+    """x and noise (B, ...), t (B,) -> noisy x (B, ...)"""
+    signal = alpha_bar(t).view(-1, *[1] * (x.dim() - 1))
+    return signal.sqrt() * x + (1 - signal).sqrt() * noise
+
+
+def training_times(n, device):
+    """Times to train at, a little outside [0, 1] and clamped, so that both ends are seen. -> (n,)"""
+    return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def diffusion_loss(noise, predicted, t):
+    """Squared error of the noise, each sample weighted by P2 (Choi et al., 2022; k = gamma = 1), which spends less on
+    times where little noise is left. noise and predicted (B, ...), t (B,) -> scalar"""
+    signal = alpha_bar(t)
+    weight = 1 / (1 + signal / (1 - signal))
+    return (weight * (noise - predicted).square().flatten(1).mean(dim=1)).mean()
+
+
+def ddpm_step(x, noise, t, t_next, fresh):
+    """One ancestral step from time t to t_next < t. x, the predicted noise and fresh normal noise: one shape; t and
+    t_next: scalar tensors -> x at t_next"""
+    now, after = alpha_bar(t), alpha_bar(t_next)
+    alpha = now / after
+    mean = (x - (1 - alpha) * noise / (1 - now).sqrt()) / alpha.sqrt()
+    std = ((1 - alpha) * (1 - after) / (1 - now)).sqrt()
+    return mean + std * fresh * (t_next != 0)
+
+
+def ddim_step(x, noise, t, t_next):
+    """One deterministic step (Song et al., 2021) from time t to t_next < t -> x at t_next"""
+    now, after = alpha_bar(t), alpha_bar(t_next)
+    clean = (x - (1 - now).sqrt() * noise) / now.sqrt()
+    return after.sqrt() * clean + (1 - after).sqrt() * noise
+
+
+def normal_noise(shape, generator, device):
+    """Normal noise (B, H, W, C), drawn in NCHW order and on the generator's device: one seed, one picture, wherever the
+    model runs and however it lays out its memory."""
+    B, H, W, C = shape
+    noise = torch.randn(B, C, H, W, generator=generator, device=generator.device if generator else device)
+    return noise.to(device).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def sample(network, shape, timesteps, conditions, guidance=1.0, generator=None, sampler="ddpm", progress=iter):
+    """From noise to latents.
+
+    network(x, t, *conditions) gives the noise; shape (B, H, W, C); timesteps: falling tensor from 1 to 0 (n + 1,);
+    guidance > 1: `conditions` hold 2·B rows, the conditional ones first, and the result is pushed away from the
+    unconditional prediction (Ho and Salimans, 2022). sampler: "ddpm" or "ddim" -> (B, H, W, C)"""
+    device = timesteps.device
+    x = normal_noise(shape, generator, device)
+    for t, t_next in progress(list(zip(timesteps[:-1], timesteps[1:]))):
+        if guidance > 1:
+            noise, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), *conditions).chunk(2)
+            noise = torch.lerp(unconditional, noise, guidance)
+        else:
+            noise = network(x, t.expand(len(x)), *conditions)
+        if sampler == "ddpm":
+            x = ddpm_step(x, noise, t, t_next, normal_noise(shape, generator, device))
+        else:
+            x = ddim_step(x, noise, t, t_next)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Wuerstchen: all of it together.
+
+STAGES = {  # file in a run folder: the networks in it
+    "text": ("text", "compressor"),  # the contrastive picture tower is where Stage B's compressor starts
+    "a": ("a",),
+    "b": ("compressor", "b"),
+    "c": ("c",),
+}
+
+
+def save_config(folder, config, tokenizer):
+    """Writes config.json and tokenizer/."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    tokenizer.save(folder / "tokenizer")
+
+
+class Wuerstchen(nn.Module):
+    """The whole system: a caption's text, Stage C, Stage B and Stage A's decoder draw a picture."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.text = TextEncoder(config.text)
+        self.a = VQGAN(config.a)
+        self.compressor = SemanticCompressor(config.compressor)
+        self.b = StageB(config.b)
+        self.c = StageC(config.c)
+
+    @property
+    def device(self):
+        return self.c.latent_mean.device
+
+    def encode_text(self, prompts):
+        """prompts: list of B strings -> (B, L, width)"""
+        ids, mask = self.tokenizer(prompts)
+        return self.text(ids.to(self.device), mask.to(self.device))
+
+    def compress(self, images):
+        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16)"""
+        H, W = images.shape[1:3]
+        return self.compressor(resize(images, round(0.75 * H), round(0.75 * W)))
+
+    @torch.no_grad()
+    def sample_c(self, prompts, negative="", size=None, steps=60, guidance=4.0, **options):
+        """Stage C: prompts (list of B) -> semantic latents (B, *size, 16); size: (hs, ws), None for the trained one"""
+        shape = (len(prompts), *(size or (self.config.cells,) * 2), self.config.c.channels)
+        text = self.encode_text(prompts + [negative] * len(prompts) if guidance > 1 else prompts)
+        times = torch.linspace(1, 0, steps + 1, device=self.device)
+        return sample(self.c, shape, times, (text,), guidance, **options) * self.c.latent_std + self.c.latent_mean
+
+    @torch.no_grad()
+    def sample_b(self, semantic, prompts, negative="", size=None, steps=12, guidance=1.0, **options):
+        """Stages B and A: semantic latents (B, hs, ws, 16), prompts (list of B) -> images (B, H, W, 3) in [0, 1];
+        size: Stage A's latents (h, w), None for the trained one"""
+        side = self.config.image_size // 4
+        shape = (len(prompts), *(size or (side, side)), self.config.a.latent_channels)
+        if guidance > 1:
+            prompts = prompts + [negative] * len(prompts)
+            semantic = torch.cat([semantic, torch.zeros_like(semantic)])
+        times = torch.linspace(1, 0, steps + 1, device=self.device)
+        latents = sample(self.b, shape, times, (semantic, self.encode_text(prompts)), guidance, **options)
+        return self.a.decode(latents * self.a.scale).clamp(0, 1)
+
+    def generate(self, prompts, negative="", height=None, width=None, steps_c=60, guidance_c=4.0, steps_b=12,
+                 guidance_b=1.0, seed=None, sampler="ddpm", progress=lambda steps, stage: steps):
+        """Draws a picture for each prompt.
+
+        prompts: list of B strings; negative: what to keep away from; height and width in pixels (None: as trained),
+        rounded to what the stages can draw; guidance 1 means none; sampler "ddpm" or "ddim"; progress(list of steps,
+        "c" or "b") may wrap them in a bar -> images (B, H, W, 3) in [0, 1]. ValueError if there is no prompt."""
+        if not prompts:
+            raise ValueError("no prompt given")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        cells, latents = self.config.grid(height or self.config.image_size, width or self.config.image_size)
+        semantic = self.sample_c(prompts, negative, cells, steps_c, guidance_c, generator=generator, sampler=sampler,
+                                 progress=lambda steps: progress(steps, "c"))
+        return self.sample_b(semantic, prompts, negative, latents, steps_b, guidance_b, generator=generator,
+                             sampler=sampler, progress=lambda steps: progress(steps, "b"))
+
+    @torch.no_grad()
+    def reconstruct(self, images, prompts=None, steps_b=12, seed=None, progress=lambda steps, stage: steps):
+        """What each half of the compression keeps of a picture.
+
+        images (B, H, W, 3) in [0, 1], sides multiples of `config.stride`; prompts: list of B captions, "" if None
+        -> (by Stage A alone, 4x smaller and quantized; by Stage B from the semantic latents, 42x smaller),
+        both like images. ValueError if the sides don't divide."""
+        B, H, W, _ = images.shape
+        if H % self.config.stride or W % self.config.stride:
+            raise ValueError(f"picture sides must be multiples of {self.config.stride}, not {H}x{W}")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        from_a = self.a(images)[0].clamp(0, 1)
+        from_b = self.sample_b(self.compress(images), prompts or [""] * B, size=(H // 4, W // 4), steps=steps_b,
+                               generator=generator, progress=lambda steps: progress(steps, "b"))
+        return from_a, from_b
+
+    def save_stage(self, folder, stage):
+        """Writes one stage's networks to <stage>.pt."""
+        weights = {name: getattr(self, name).state_dict() for name in STAGES[stage]}
+        torch.save(weights, Path(folder) / f"{stage}.pt")
+
+    def save(self, folder):
+        """Writes everything that `load` reads: config.json, tokenizer/ and a file a stage."""
+        save_config(folder, self.config, self.tokenizer)
+        for stage in STAGES:
+            self.save_stage(folder, stage)
+
+    def load_stage(self, folder, stage):
+        """Reads <stage>.pt. FileNotFoundError if the stage isn't trained yet."""
+        path = Path(folder) / f"{stage}.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}: train it first: python train.py {stage} --run {folder}")
+        for name, weights in torch.load(path, map_location=self.device, weights_only=True).items():
+            getattr(self, name).load_state_dict(weights)
+
+    @classmethod
+    def load(cls, folder, stages=tuple(STAGES)):
+        """A model from a run folder, in evaluation mode. FileNotFoundError if the folder or a stage is missing."""
+        folder = Path(folder)
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"no run in {folder}: train it first: python train.py --run {folder}")
+        config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+        model = cls(config, Tokenizer.load(folder / "tokenizer"))
+        for stage in stages:
+            model.load_stage(folder, stage)
+        return model.eval()
