@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from train import BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Shapes, make_sheet, parse, pick_device,
-                   read_options, to_picture
+from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Shapes, make_sheet, parse, pick_device,
+                   read_options, to_picture)
 from wuerstchen import Wuerstchen
 
 

@@ -50,15 +50,15 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, cod
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
 BACKGROUNDS = {"white": (243, 243, 243), "grey": (150, 150, 150), "dark": (35, 35, 38)}
-# Radius range as a share of the picture's side: 11-14 and 20-24 pixels of 128.
-SIZES = {"small": (0.086, 0.109), "big": (0.156, 0.188)}
+# Radius range as a share of the picture's side: 13-15 and 23-26 pixels of 128.
+SIZES = {"small": (0.10, 0.12), "big": (0.18, 0.205)}
 # Unit step from the second object to the first (x to the right, y down).
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 # One pair per shape, five different colours: what a model must put together without having seen it.
 HELD_OUT = {("purple", "circle"), ("yellow", "square"), ("cyan", "triangle"), ("red", "star"), ("green", "cross")}
 SPLITS = ("train", "test", "heldout")
 MARGIN, GAP = 0.02, 0.04  # least distance to the picture's edge and between two objects, shares of the side
-TINT = 10                 # largest change of a colour channel, of 255
+TINT = {"object": 10, "background": 3}  # largest change of a colour channel, of 255
 
 
 def ring(n, radius, start=-90):
@@ -84,7 +84,7 @@ REACH = {shape: float(np.abs(points).max()) for shape, points in OUTLINES.items(
 class Scene:
     objects: list            # one or two (size or None, colour, shape)
     relation: str = None     # of the first object to the second; None for one object
-    background: str = None   # None: any
+    background: str = None   # None: white
 
     def caption(self):
         names = []
@@ -121,7 +121,7 @@ def random_scene(rng):
     def thing():
         return pick(SIZES) if rng.random() < 0.75 else None, pick(COLOURS), pick(OUTLINES)
 
-    background = pick(BACKGROUNDS) if rng.random() < 0.5 else None
+    background = pick(BACKGROUNDS) if rng.random() < 0.3 else None
     first = thing()
     if rng.random() < 0.4:
         return Scene([first], None, background)
@@ -140,20 +140,19 @@ def split_of(scene):
 
 
 def place(scene, reach, rng):
-    """Centres (x, y) as shares of the side, for objects that reach `reach` to each side."""
-    free = [(MARGIN + r, 1 - MARGIN - r) for r in reach]  # where each centre may be, on either axis
+    """Centres (x, y) as shares of the side, for objects that reach `reach` to each side: around the middle, with jitter."""
     if len(reach) == 1:
-        return [tuple(rng.uniform(*free[0], size=2))]
-    # Along the named axis first leave room for both; then let the other axis
-    # differ by so much less that nobody would name the relation differently.
+        return [tuple(rng.uniform(0.28, 0.72, size=2))]
+    # Along the named axis both find room, with a gap. Across it they differ by so much less that nobody would name the
+    # relation differently.
     step_x, step_y = RELATIONS[scene.relation]
     near, far = (0, 1) if step_x + step_y < 0 else (1, 0)  # near: the left or upper one
-    distance = rng.uniform(sum(reach) + GAP, free[far][1] - free[near][0])
-    along, across = [0, 0], [0, 0]
-    along[near] = rng.uniform(free[near][0], free[far][1] - distance)
+    distance = sum(reach) + rng.uniform(GAP, min(5 * GAP, 1 - 2 * MARGIN - 2 * sum(reach)))
+    room = 1 - 2 * MARGIN - distance - sum(reach)
+    along = [0, 0]
+    along[near] = MARGIN + reach[near] + room * rng.uniform(0.1, 0.9)
     along[far] = along[near] + distance
-    across[0] = rng.uniform(*free[0])
-    across[1] = rng.uniform(max(free[1][0], across[0] - distance / 1.6), min(free[1][1], across[0] + distance / 1.6))
+    across = 0.5 + rng.uniform(-1, 1, size=2) * min(0.12, distance / 3.4)
     return list(zip(along, across) if step_x else zip(across, along))
 
 
@@ -161,11 +160,11 @@ def draw(caption, rng, size=128):
     """A picture of the caption: uint8 array (size, size, 3). What it leaves open is drawn at random."""
     scene = parse(caption)
 
-    def tinted(rgb):
-        return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-TINT, TINT + 1, size=3)), 0, 255))
+    def tinted(rgb, most):
+        return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-most, most + 1, size=3)), 0, 255))
 
-    background = scene.background or list(BACKGROUNDS)[rng.integers(3)]
-    picture = Image.new("RGB", (size, size), tinted(BACKGROUNDS[background]))
+    background = scene.background or "white"
+    picture = Image.new("RGB", (size, size), tinted(BACKGROUNDS[background], TINT["background"]))
     radii = [rng.uniform(*SIZES[name or ("small", "big")[rng.integers(2)]]) for name, _, _ in scene.objects]
     reach = [radius * REACH[shape] for radius, (_, _, shape) in zip(radii, scene.objects)]
     for (_, colour, shape), radius, r, (x, y) in zip(scene.objects, radii, reach, place(scene, reach, rng)):
@@ -174,7 +173,7 @@ def draw(caption, rng, size=128):
         outline = (np.array([x, y]) + radius * OUTLINES[shape]) * size - (left, top)
         mask = Image.new("L", (4 * side, 4 * side))
         ImageDraw.Draw(mask).polygon((4 * outline - 0.5).ravel().tolist(), fill=255)
-        picture.paste(tinted(COLOURS[colour]), (left, top, left + side, top + side), mask.reduce(4))
+        picture.paste(tinted(COLOURS[colour], TINT["object"]), (left, top, left + side, top + side), mask.reduce(4))
     return np.array(picture)
 
 
