@@ -156,8 +156,8 @@ PRESETS = {
                                                      ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
                                                      ("mbconv", 4, 1, 80, 1), ("mbconv", 4, 2, 128, 1)),
                                     features=256, stochastic_depth=0.0),
-        b=StageBConfig(channels=(64, 128, 192), blocks=(1, 2, 2), heads=(0, 4, 6), semantic=(False, True, True),
-                       cond_width=64, text_width=128, dropout=0.0),
+        b=StageBConfig(channels=(48, 96, 128), blocks=(1, 1, 2), heads=(0, 3, 4), semantic=(True, True, True),
+                       cond_width=128, text_width=128, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, text_width=128, dropout=0.0),
     ),
     # One consumer GPU, 32 to 256 px: CIFAR, COCO subsets.
@@ -703,7 +703,9 @@ class StageB(nn.Module):
         nn.init.zeros_(self.out.weight)
         for level in (*self.down, *self.up):
             if level.mapper is not None:
-                nn.init.normal_(level.mapper.weight, std=0.02)
+                # The authors' N(0, 0.02) meets latents of deviation 42 (facts: "Stage C diffuses (e + 1) / 42"). Fresh ones
+                # have deviation 1, and would be too quiet to be noticed for thousands of steps.
+                nn.init.normal_(level.mapper.weight, std=0.02 * 42)
             for block in level.blocks:
                 if isinstance(block, ResBlock):
                     block.project.weight.data *= (1 / sum(cfg.blocks)) ** 0.5
