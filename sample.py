@@ -28,7 +28,8 @@ from wuerstchen import Wuerstchen
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw pictures from captions with a trained Würstchen.")
+    parser = argparse.ArgumentParser(description="Draw pictures from captions with a trained Würstchen.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make a grid")
     add("--run", default="runs/tiny", help="folder of the run, as train.py left it")
@@ -287,5 +288,7 @@ def whole(answer):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

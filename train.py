@@ -45,7 +45,8 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, cod
                         diffusion_loss, resize, save_config, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), always the same.
+# Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
+# the same seed. First Shapes, drawn on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -140,7 +141,7 @@ def split_of(scene):
 
 
 def place(scene, reach, rng):
-    """Centres (x, y) as shares of the side, for objects that reach `reach` to each side: around the middle, with jitter."""
+    """Centres (x, y) as shares of the side, for objects that reach `reach` to each side."""
     if len(reach) == 1:
         return [tuple(rng.uniform(0.28, 0.72, size=2))]
     # Along the named axis both find room, with a gap. Across it they differ by so much less that nobody would name the
@@ -225,8 +226,8 @@ class Cifar10:
             try:
                 with tarfile.open(archive) as tar:
                     parts = {m.name: tar.extractfile(m).read() for m in tar if names.fullmatch(Path(m.name).name)}
-            except (tarfile.TarError, EOFError, OSError) as error:
-                raise ValueError(f"{archive} is not CIFAR-10's .tar.gz: {error}") from None
+            except (tarfile.TarError, EOFError, OSError, zlib.error):
+                raise ValueError(f"{archive} is not CIFAR-10's .tar.gz, or is damaged") from None
         else:
             parts = {}
         if not parts:
@@ -433,7 +434,8 @@ def fit(run, stage, network, batches, loss_of, sheet_of):
             save()
         if stop:
             bar.close()
-            sys.exit(f"stopped in stage {stage} after step {step} of {recipe.steps}; the same command goes on from there")
+            sys.exit(f"stopped in stage {stage} after step {step} of {recipe.steps}: "
+                     "the same command goes on from there")
     bar.close()
     signal.signal(signal.SIGINT, before)
     return average
@@ -628,7 +630,10 @@ FIXED = ("preset", "data", "image_size")
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, stages A, B and C.")
-    add = parser.add_argument
+
+    def add(name, help, **options):
+        parser.add_argument(name, help=help + (" (default: %(default)s)" if options.get("default") else ""), **options)
+
     add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN),
         help="what to train; all: every stage that isn't finished yet")
     add("--run", default="runs/tiny", help="folder of the run")
@@ -648,7 +653,11 @@ def parse_args(argv=None):
     add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
     add("--sheet-every", type=int, default=250, help="steps between sheets of pictures")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "lr", "image_size", "cache", "log_every", "sheet_every", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be {'positive' if name == 'lr' else 'at least 1'}")
+    return args
 
 
 def read_options(folder):
@@ -658,9 +667,13 @@ def read_options(folder):
 
 
 def pick_device(name):
+    """"auto" is the best there is. ValueError if the machine lacks the one asked for."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name != "auto":
+        if not there[name]:
+            raise ValueError(f"no {name} on this machine")
         return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
 
 
 def bfloat16_is_faster(device):
@@ -714,5 +727,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -225,8 +225,8 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
-        # The L2 norm by hand, in float32 as half precision would overflow: twice as fast as torch.linalg's on a CPU. The
-        # 1e-12 keeps the gradient of the root finite where a channel is silent.
+        # The L2 norm by hand, in float32 as half precision would overflow: on a CPU much faster than torch.linalg's.
+        # The 1e-12 keeps the gradient of the root finite where a channel is silent.
         energy = (x.float().square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
         energy = energy / (energy.mean(dim=-1, keepdim=True) + 1e-6)
         return x * (1 + self.gamma * energy).to(x.dtype) + self.beta.to(x.dtype)
@@ -268,8 +268,8 @@ class TimestepBlock(nn.Module):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d), mask: bool, broadcast to (B, heads, N, M), True
-    where a query may look -> (B, heads, N, d)"""
+    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d), mask: bool, broadcast to (B, heads, N, M),
+    True where a query may look -> (B, heads, N, d)"""
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # The same by hand: on a CPU, the fused kernel's backward pass is ten times as slow for such short sequences.
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -322,7 +322,7 @@ def time_embedding(t, width):
 
 
 def init_weights(module):
-    """Xavier-uniform for every Linear and convolution, zero biases (authors' code; facts)."""
+    """Xavier-uniform for every Linear and convolution, zero biases (authors' code)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -442,9 +442,10 @@ class Quantizer(nn.Module):
 
     def __init__(self, codebook_size, channels):
         super().__init__()
-        self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-1 / codebook_size, 1 / codebook_size))
-        # Steps since a code was last the nearest of any latent. It starts high, so that the first batch places all codes
-        # among its latents. Not saved: only training looks at it.
+        start = 1 / codebook_size
+        self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-start, start))
+        # Steps since a code was last the nearest of any latent. It starts high: the first batch places all codes among
+        # its latents. Not saved: only training looks at it.
         self.register_buffer("idle", torch.full((codebook_size,), math.inf), persistent=False)
 
     def forward(self, x):
@@ -519,7 +520,7 @@ class VQGAN(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says for each patch of a picture how real it looks (facts: "Discriminator")."""
+    """Says for each patch of a picture how real it looks (as in the authors' Paella)."""
 
     def __init__(self, depth, width):
         super().__init__()
@@ -703,8 +704,8 @@ class StageB(nn.Module):
         nn.init.zeros_(self.out.weight)
         for level in (*self.down, *self.up):
             if level.mapper is not None:
-                # The authors' N(0, 0.02) meets latents of deviation 42 (facts: "Stage C diffuses (e + 1) / 42"). Fresh ones
-                # have deviation 1, and would be too quiet to be noticed for thousands of steps.
+                # The authors' N(0, 0.02) meets semantic latents of deviation 42 (Stage C diffuses (e + 1) / 42). Fresh
+                # ones have deviation 1, and would be too quiet to be noticed for thousands of steps.
                 nn.init.normal_(level.mapper.weight, std=0.02 * 42)
             for block in level.blocks:
                 if isinstance(block, ResBlock):
@@ -787,7 +788,7 @@ class StageC(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Diffusion, the same for B and C (paper, section 3.2; facts: "Diffusion"). Time t runs from 0 (clean) to 1 (noise).
+# 8. Diffusion, the same for B and C (paper, section 3.2; authors' code). Time t runs from 0 (clean) to 1 (noise).
 
 
 def alpha_bar(t):

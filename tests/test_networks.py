@@ -15,7 +15,8 @@ from wuerstchen import (CLIP, PRESETS, AttnBlock, CompressorConfig, Conv, ConvUp
 TEXT = TextConfig(vocab_size=50, length=8, width=16, depth=2, heads=2, mlp_width=32)
 VQ = VQGANConfig(channels=(8, 16), blocks=2, codebook_size=32, disc_depth=3, disc_width=16)
 COMPRESSOR = CompressorConfig(stem=8, stages=(("fused", 1, 1, 8, 2), ("fused", 4, 2, 12, 1), ("mbconv", 4, 2, 16, 2),
-                                              ("mbconv", 6, 1, 20, 1), ("mbconv", 6, 2, 24, 1), ("mbconv", 4, 2, 24, 2)),
+                                              ("mbconv", 6, 1, 20, 1), ("mbconv", 6, 2, 24, 1),
+                                              ("mbconv", 4, 2, 24, 2)),
                               features=32, stochastic_depth=0.2, channels=6)
 B = StageBConfig(channels=(8, 16, 24), blocks=(1, 2, 2), heads=(0, 2, 3), semantic=(False, True, True), cond_width=12,
                  text_width=16, semantic_channels=6, time_width=8)
@@ -65,7 +66,7 @@ def test_tiny_shapes():
 
 
 def test_grid_of_the_published_model():
-    """ceil(pixels / 42.67) cells and int(10.67 cells) latents wherever that divides by 16 (facts: "Sizes")."""
+    """ceil(pixels / 42.67) cells and int(10.67 cells) latents wherever that divides by 16."""
     grid = PRESETS["v2"].grid
     assert grid(1024, 1024) == ((24, 24), (256, 256))
     for pixels in range(1, 4000):

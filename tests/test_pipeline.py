@@ -196,7 +196,7 @@ def test_cifar_trains_through_every_stage(tmp_path):
     (["train.py", "--data", "cifar10", "--run", "{tmp}/x"], "needs --data-dir"),
     (["train.py", "--data", "cifar10", "--data-dir", "{tmp}/none", "--run", "{tmp}/x"], "no such data folder"),
     (["train.py", "--data", "cifar10", "--data-dir", "{run}", "--run", "{tmp}/x"], "no CIFAR-10"),
-    (["train.py", "--data", "cifar10", "--data-dir", "{run}/config.json", "--run", "{tmp}/x"], "not CIFAR-10"),
+    (["train.py", "--data", "cifar10", "--data-dir", "{run}/config.json", "--run", "{tmp}/x"], "is not CIFAR-10"),
     (["train.py", "--steps", "0", "--run", "{tmp}/x"], "at least 1"),
 ])
 def test_bad_input_gets_one_clear_line(run, tmp_path, command, message):
