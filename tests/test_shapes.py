@@ -77,7 +77,8 @@ def test_pictures_keep_their_bounds(size):
         if size >= 64:  # below that the margin is less than a pixel
             assert (border == border[0]).all(), "an object leaves the picture"
         background = np.median(border, axis=0)
-        assert min(np.abs(background - rgb).max() for rgb in BACKGROUNDS.values()) <= TINT
+        named = parse(caption).background or "white"
+        assert np.abs(background - BACKGROUNDS[named]).max() <= TINT["background"]
 
 
 def test_objects_keep_their_sizes_and_distances():
