@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from tokenizer import Tokenizer
 from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, codebook_usage, contrastive_loss,
-                        diffusion_loss, resize, save_config, training_times)
+                        diffusion_loss, save_config, shrink, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
@@ -158,7 +158,7 @@ def place(scene, reach, rng):
 
 
 def draw(caption, rng, size=128):
-    """A picture of the caption: uint8 array (size, size, 3). What it leaves open is drawn at random."""
+    """A picture of the caption: uint8 array (size, size, 3). Sizes and places it leaves open are drawn at random."""
     scene = parse(caption)
 
     def tinted(rgb, most):
@@ -608,11 +608,6 @@ def semantic_latents(run):
     return semantic, captions
 
 
-def shrink(images):
-    """What the compressor is fed: the picture at 3/4 of its size. (B, H, W, 3) -> (B, 3H/4, 3W/4, 3)"""
-    return resize(images, round(0.75 * images.shape[1]), round(0.75 * images.shape[2]))
-
-
 def chance(probability, x):
     """True with this probability for each row of x (B, H, W, C) -> (B, 1, 1, 1)"""
     return torch.rand(len(x), 1, 1, 1, device=x.device) < probability
@@ -669,11 +664,11 @@ def read_options(folder):
 def pick_device(name):
     """"auto" is the best there is. ValueError if the machine lacks the one asked for."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name != "auto":
-        if not there[name]:
-            raise ValueError(f"no {name} on this machine")
-        return name
-    return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if name == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
+        raise ValueError(f"no {name} on this machine")
+    return name
 
 
 def bfloat16_is_faster(device):

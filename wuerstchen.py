@@ -636,6 +636,11 @@ def resize(images, height, width):
     return x.permute(0, 2, 3, 1)
 
 
+def shrink(images):
+    """What the compressor is fed: the picture at 3/4 of its size. (B, H, W, 3) -> (B, 3H/4, 3W/4, 3)"""
+    return resize(images, round(0.75 * images.shape[1]), round(0.75 * images.shape[2]))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Stage B: from semantic latents (and text) to Stage A's latents, by a diffusion U-Net (paper, section 3.2).
 
@@ -908,8 +913,7 @@ class Wuerstchen(nn.Module):
 
     def compress(self, images):
         """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16)"""
-        H, W = images.shape[1:3]
-        return self.compressor(resize(images, round(0.75 * H), round(0.75 * W)))
+        return self.compressor(shrink(images))
 
     @torch.no_grad()
     def sample_c(self, prompts, negative="", size=None, steps=60, guidance=4.0, **options):

@@ -106,7 +106,6 @@ def test_sampling_script(run, tmp_path, capsys):
 
 def test_score_counts_what_the_checker_finds(run, monkeypatch, capsys):
     """Perfect pictures score 100 %, empty ones nothing but backgrounds."""
-    data = train.Shapes(64)
 
     def perfect(model, args, captions):
         pictures = [train.draw(caption, np.random.default_rng(i), 64) for i, caption in enumerate(captions)]
@@ -122,7 +121,7 @@ def test_score_counts_what_the_checker_finds(run, monkeypatch, capsys):
 
 
 def test_interrupted_training_goes_on(run, tmp_path):
-    """Ctrl-C saves; the same command goes on and ends where an uninterrupted run ends."""
+    """Ctrl-C saves; the same command goes on from the step it stopped at, with none left out or done twice."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("config.json", "options.json"):
