@@ -3,6 +3,7 @@ Draws pictures with a trained run:
 
     python sample.py "a big red circle to the left of a small blue square"
     python sample.py "a red star" "a green cross above a pink circle" --count 4 --seed 7 --out grid.png
+    python sample.py "a photo of a fox" --official DIR    with the published weights, from a copy of their snapshots
     python sample.py --reconstruct photo.png          what Stage A (4x smaller) and Stage B (42x smaller) keep of it
     python sample.py --score                          how often a run on Shapes draws what the caption says
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Shapes, make_sheet, parse, pick_device,
                    read_options, to_picture)
-from wuerstchen import Wuerstchen
+from wuerstchen import FAST_TIMES, Wuerstchen
 
 
 def parse_args(argv=None):
@@ -39,6 +40,11 @@ def parse_args(argv=None):
     add("--negative", default="", help="what to keep away from")
     add("--height", type=int, help="in pixels (default: as trained)")
     add("--width", type=int, help="in pixels (default: as trained)")
+    add("--official", metavar="DIR", help="draw with the published weights: a folder with the hub's snapshots "
+        "wuerstchen-prior, wuerstchen and, for --reconstruct, EfficientNetEncoder")
+    add("--low-memory", action="store_true", help="with --official: read each network when it is needed, then drop it")
+    add("--timesteps", default="default", choices=("default", "fast"),
+        help="of Stage C; fast: the authors' list of 29 steps instead of --steps-c")
     add("--steps-c", type=int, default=60, help="diffusion steps of Stage C")
     add("--steps-b", type=int, default=12, help="diffusion steps of Stage B")
     add("--cfg", type=float, default=4.0, help="guidance of Stage C; 1: none")
@@ -50,19 +56,34 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not (args.prompts or args.reconstruct or args.score):
         parser.error("nothing to draw: give a PROMPT, --reconstruct or --score")
-    for name in ("count", "steps_c", "steps_b"):
-        if getattr(args, name) < 1:
+    if args.low_memory and not args.official:
+        parser.error("--low-memory is for --official: a run of one's own is small")
+    for name in ("count", "steps_c", "steps_b", "height", "width"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
-def draw_prompts(model, args, prompts, batch=50, quiet=False):
-    """Pictures of prompts, drawn in batches. -> (N, H, W, 3) in [0, 1]"""
-    images = []
+def load_model(args):
+    """The run's networks, or the published ones, on the device asked for."""
+    device = pick_device(args.device)
+    if args.official:
+        # Half precision where memory is what counts; bfloat16 because CPUs have no fast float16.
+        half = torch.float16 if device == "cuda" else torch.bfloat16 if args.low_memory else torch.float32
+        return Wuerstchen.from_official(args.official, device, half, args.low_memory)
+    stages = ("text", "a", "b") if args.reconstruct else ("text", "a", "b", "c")
+    return Wuerstchen.load(args.run, stages).to(device)
+
+
+def draw_prompts(model, args, prompts, quiet=False):
+    """Pictures of prompts, drawn in batches of at most 800,000 pixels. -> (N, H, W, 3) in [0, 1]"""
+    side, images = model.config.image_size, []
+    batch = max(1, 800_000 // ((args.height or side) * (args.width or side)))
     for start in range(0, len(prompts), batch):
         images.append(model.generate(
-            prompts[start:start + batch], args.negative, args.height, args.width, args.steps_c, args.cfg, args.steps_b,
-            args.cfg_b, args.seed + start, args.sampler,
+            prompts[start:start + batch], args.negative, args.height, args.width,
+            FAST_TIMES if args.timesteps == "fast" else args.steps_c, args.cfg, args.steps_b, args.cfg_b,
+            args.seed + start, args.sampler,
             lambda steps, stage: tqdm(steps, desc=f"stage {stage.upper()}", unit="step", disable=quiet)))
     return torch.cat(images).cpu()
 
@@ -93,12 +114,11 @@ def score(model, args, count=200):
 
 def main(argv=None):
     args = parse_args(argv)
-    model = Wuerstchen.load(args.run, stages=("text", "a", "b") if args.reconstruct else ("text", "a", "b", "c"))
-    model.to(pick_device(args.device))
+    model = load_model(args)
     start = time.time()
     if args.score:
-        if read_options(args.run).get("data") != "shapes":
-            raise ValueError(f"--score needs a run trained on Shapes; {args.run} wasn't")
+        if args.official or read_options(args.run).get("data") != "shapes":
+            raise ValueError(f"--score needs a run trained on Shapes; {args.official or args.run} wasn't")
         score(model, args)
         print(f"{time.time() - start:.0f} s")
         return
@@ -111,6 +131,10 @@ def main(argv=None):
         if any(not prompt.strip() for prompt in args.prompts):
             raise ValueError("a prompt is empty")
         images = draw_prompts(model, args, [prompt for prompt in args.prompts for _ in range(args.count)])
+        height, width = images.shape[1:3]
+        if (height, width) != (args.height or height, args.width or width):
+            print(f"drawn at {height}x{width}, the nearest size to {args.height or height}x{args.width or width} that "
+                  "the stages can draw")
         if len(images) == 1:
             sheet = to_picture(images[0])
         else:  # a row a prompt, or one row of prompts

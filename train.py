@@ -51,14 +51,14 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, cod
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
 BACKGROUNDS = {"white": (243, 243, 243), "grey": (150, 150, 150), "dark": (35, 35, 38)}
-# Radius range as a share of the picture's side: 13-15 and 23-26 pixels of 128.
-SIZES = {"small": (0.10, 0.12), "big": (0.18, 0.205)}
+# Radius range as a share of the picture's side: 16-18 and 24-26 pixels of 128.
+SIZES = {"small": (0.125, 0.14), "big": (0.185, 0.2)}
 # Unit step from the second object to the first (x to the right, y down).
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 # One pair per shape, five different colours: what a model must put together without having seen it.
 HELD_OUT = {("purple", "circle"), ("yellow", "square"), ("cyan", "triangle"), ("red", "star"), ("green", "cross")}
 SPLITS = ("train", "test", "heldout")
-MARGIN, GAP = 0.02, 0.04  # least distance to the picture's edge and between two objects, shares of the side
+JITTER = 0.015  # how far an object lies from its place at most, as a share of the side; alone, twice as far
 TINT = {"object": 10, "background": 3}  # largest change of a colour channel, of 255
 
 
@@ -140,21 +140,12 @@ def split_of(scene):
     return "test" if zlib.crc32(scene.caption().encode()) % 16 == 0 else "train"
 
 
-def place(scene, reach, rng):
-    """Centres (x, y) as shares of the side, for objects that reach `reach` to each side."""
-    if len(reach) == 1:
-        return [tuple(rng.uniform(0.28, 0.72, size=2))]
-    # Along the named axis both find room, with a gap. Across it they differ by so much less that nobody would name the
-    # relation differently.
-    step_x, step_y = RELATIONS[scene.relation]
-    near, far = (0, 1) if step_x + step_y < 0 else (1, 0)  # near: the left or upper one
-    distance = sum(reach) + rng.uniform(GAP, min(5 * GAP, 1 - 2 * MARGIN - 2 * sum(reach)))
-    room = 1 - 2 * MARGIN - distance - sum(reach)
-    along = [0, 0]
-    along[near] = MARGIN + reach[near] + room * rng.uniform(0.1, 0.9)
-    along[far] = along[near] + distance
-    across = 0.5 + rng.uniform(-1, 1, size=2) * min(0.12, distance / 3.4)
-    return list(zip(along, across) if step_x else zip(across, along))
+def place(scene, rng):
+    """Centres (x, y) of the objects as shares of the side: one in the middle; two in the middles of two halves, so that
+    even big ones don't touch; all a little off."""
+    step = np.array(RELATIONS.get(scene.relation, (0, 0)))
+    steps = [step, -step] if scene.relation else [step]
+    return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
 
 
 def draw(caption, rng, size=128):
@@ -168,7 +159,7 @@ def draw(caption, rng, size=128):
     picture = Image.new("RGB", (size, size), tinted(BACKGROUNDS[background], TINT["background"]))
     radii = [rng.uniform(*SIZES[name or ("small", "big")[rng.integers(2)]]) for name, _, _ in scene.objects]
     reach = [radius * REACH[shape] for radius, (_, _, shape) in zip(radii, scene.objects)]
-    for (_, colour, shape), radius, r, (x, y) in zip(scene.objects, radii, reach, place(scene, reach, rng)):
+    for (_, colour, shape), radius, r, (x, y) in zip(scene.objects, radii, reach, place(scene, rng)):
         # Smooth edges: draw only the object's own box, four times as large, and reduce it.
         left, top, side = int((x - r) * size), int((y - r) * size), int(2 * r * size) + 3
         outline = (np.array([x, y]) + radius * OUTLINES[shape]) * size - (left, top)
@@ -313,8 +304,8 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(300, 64, 1e-3), a=Recipe(400, 16, 4e-3), b=Recipe(1700, 16, 1e-3),
-                 c=Recipe(1200, 128, 1e-3)),
+    "tiny": dict(text=Recipe(300, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(2500, 32, 1e-3),
+                 c=Recipe(900, 128, 1e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
@@ -350,6 +341,19 @@ class Run:
 
     def train_batches(self, first, recipe):
         return self.batches(self.train_data, recipe.batch, first, recipe.steps)
+
+    def cached(self, what):
+        """The first --cache pictures, for what is computed of them once."""
+        steps = -(-self.args.cache // 64)
+        return tqdm(self.batches(self.train_data, 64, 0, steps), desc=what, total=steps)
+
+    def picks(self, captions, *tensors):
+        """Batches for `fit`, drawn from what was computed once: rows of each tensor (N, ...), and their captions."""
+        def batches(first, recipe):
+            for step in range(first, recipe.steps):
+                rows = np.random.default_rng((self.args.seed, step)).integers(len(captions), size=recipe.batch)
+                yield *(x[rows] for x in tensors), [captions[i] for i in rows]
+        return batches
 
     def examples(self, count=8):
         """The same few test pictures for every sheet."""
@@ -477,13 +481,14 @@ def train_text(run):
 
 
 def train_a(run):
-    """The VQGAN. Its discriminator joins when half of the run is over and there is something to refine."""
+    """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many different
+    pictures in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
     cfg, steps = run.config.a, run.recipe("a").steps
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(cfg.disc_depth, cfg.disc_width)))
 
     def loss_of(network, batch, step):
         vqgan, discriminator = network["a"], network["discriminator"]
-        images, _ = batch
+        images = crop(batch[0], max(32, run.args.image_size // 2))
         reconstruction, latents, codes, vq_loss = vqgan(images)
         revived = vqgan.quantizer.revive(latents, codes, patience=50)
         mse = F.mse_loss(reconstruction, images)
@@ -507,6 +512,12 @@ def train_a(run):
 
     run.model.a = fit(run, "a", network.to(run.device), run.train_batches, loss_of, sheet)["a"]
     measure_a(run)
+
+
+def crop(images, side):
+    """A piece of each picture, one place for all, on Stage A's grid. (B, H, W, 3) -> (B, side, side, 3)"""
+    top, left = (4 * int(torch.randint((n - side) // 4 + 1, ())) for n in images.shape[1:3])
+    return images[:, top:top + side, left:left + side]
 
 
 @torch.no_grad()
@@ -534,20 +545,21 @@ def measure_a(run):
 def train_b(run):
     """Stage B, and the semantic compressor with it: what the compressor keeps is what helps B to draw."""
     model = run.model
+    small, latents, captions = frozen_latents(run)
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_of(network, batch, step):
-        images, captions = batch
+        small, latents, captions = batch
         with torch.no_grad():
-            latents = model.a.encode(images).float() / model.a.scale
             text = model.text(*run.tokens(captions, drop=0.05))
-        semantic = network["compressor"](shrink(images)).float()
+        semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
         # 5 % of the semantic latents are zeroed, 30 % of the others noised.
-        n = len(images)
+        n = len(captions)
         noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(n, device=run.device) / 2)
         semantic = torch.where(chance(0.3, semantic), noised, semantic)
         semantic = torch.where(chance(0.05, semantic), 0, semantic)
+        latents = latents.float() / model.a.scale
         t, noise = training_times(n, run.device), torch.randn_like(latents)
         predicted = network["b"](add_noise(latents, noise, t), t, semantic, text)
         return diffusion_loss(noise, predicted, t), {}
@@ -557,8 +569,21 @@ def train_b(run):
         images, captions = run.examples()
         run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
 
-    average = fit(run, "b", network, run.train_batches, loss_of, sheet)
+    average = fit(run, "b", network, run.picks(captions, small, latents), loss_of, sheet)
     model.compressor, model.b = average["compressor"], average["b"]
+
+
+@torch.no_grad()
+def frozen_latents(run):
+    """What Stage B learns from. Stage A no longer changes, so its part is computed once.
+    -> pictures as the compressor takes them (N, 3H/4, 3W/4, 3) uint8, A's latents (N, H/4, W/4, 4) float16, N captions"""
+    small, latents, captions = [], [], []
+    for images, batch in run.cached("latents of Stage A"):
+        with run.autocast():
+            latents.append(run.model.a.encode(images).half())
+        small.append((shrink(images).clamp(0, 1) * 255).round().byte())
+        captions += batch
+    return torch.cat(small), torch.cat(latents), captions
 
 
 def train_c(run):
@@ -568,11 +593,6 @@ def train_c(run):
     model.c.latent_mean.copy_(semantic.mean(dim=(0, 1, 2)))
     model.c.latent_std.copy_(semantic.std(dim=(0, 1, 2)))
     semantic = (semantic - model.c.latent_mean) / model.c.latent_std
-
-    def batches(first, recipe):
-        for step in range(first, recipe.steps):
-            rows = np.random.default_rng((run.args.seed, step)).integers(len(captions), size=recipe.batch)
-            yield semantic[rows], [captions[i] for i in rows]
 
     def loss_of(c, batch, step):
         x, captions = batch
@@ -586,7 +606,7 @@ def train_c(run):
         images, captions = run.examples()
         run.save_sheet("c", step, [images, model.generate(captions, seed=0)], captions)
 
-    model.c = fit(run, "c", model.c, batches, loss_of, sheet)
+    model.c = fit(run, "c", model.c, run.picks(captions, semantic), loss_of, sheet)
 
 
 @torch.no_grad()
@@ -598,10 +618,9 @@ def semantic_latents(run):
         kept = torch.load(path, map_location=run.device, weights_only=True)
         return kept["semantic"], kept["captions"]
     semantic, captions = [], []
-    steps = -(-run.args.cache // 64)
-    for images, batch in tqdm(run.batches(run.train_data, 64, 0, steps), desc="semantic latents", total=steps):
+    for images, batch in run.cached("semantic latents"):
         with run.autocast():
-            semantic.append(run.model.compress(images).float())
+            semantic.append(run.model.compress(images))
         captions += batch
     semantic = torch.cat(semantic)
     torch.save(dict(semantic=semantic, captions=captions), path)
@@ -639,7 +658,8 @@ def parse_args(argv=None):
     add("--steps", type=int, help="steps of every stage named (default: the preset's recipe)")
     add("--batch-size", type=int, help="pictures a step (default: the preset's recipe)")
     add("--lr", type=float, help="highest learning rate (default: the preset's recipe)")
-    add("--cache", type=int, default=16384, help="pictures whose semantic latents Stage C learns from")
+    add("--cache", type=int, default=16384, help="pictures that stages B and C learn from: latents of A and of the "
+        "compressor are computed once")
     add("--seed", type=int, help="of the data and the weights (default: 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"),
@@ -696,6 +716,7 @@ def main(argv=None):
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
     config = copy.deepcopy(PRESETS[args.preset])
+    config.text_b, config.b.text_width = None, config.text.width  # one text encoder is trained, for both stages
     config.image_size = args.image_size = args.image_size or config.image_size
     if args.image_size < 1 or args.image_size % config.stride:
         raise ValueError(f"--image-size must be a multiple of {config.stride} for {args.preset}, not {args.image_size}")

@@ -18,6 +18,7 @@ Read it from top to bottom:
     7. Stage C      a flat network on the semantic latents
     8. diffusion    schedule, noise, steps, the sampling loop
     9. Wuerstchen   all of it together: generate, reconstruct, save, load
+   10. hub          the published weights; a reader of the model can skip it
 
 What is notable:
 - Pictures and activations are channels last, (B, H, W, C), everywhere. LayerNorm, Linear and GlobalResponseNorm then
@@ -29,6 +30,10 @@ What is notable:
 
 import json
 import math
+import mmap
+import pickle
+import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -156,7 +161,7 @@ PRESETS = {
                                                      ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
                                                      ("mbconv", 4, 1, 80, 1), ("mbconv", 4, 2, 128, 1)),
                                     features=256, stochastic_depth=0.0),
-        b=StageBConfig(channels=(48, 96, 128), blocks=(1, 1, 2), heads=(0, 3, 4), semantic=(True, True, True),
+        b=StageBConfig(channels=(64, 128, 128), blocks=(1, 2, 2), heads=(0, 4, 4), semantic=(True, True, True),
                        cond_width=128, text_width=128, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, text_width=128, dropout=0.0),
     ),
@@ -444,9 +449,7 @@ class Quantizer(nn.Module):
         super().__init__()
         start = 1 / codebook_size
         self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-start, start))
-        # Steps since a code was last the nearest of any latent. It starts high: the first batch places all codes among
-        # its latents. Not saved: only training looks at it.
-        self.register_buffer("idle", torch.full((codebook_size,), math.inf), persistent=False)
+        self.idle = None  # steps since each code was last the nearest of any latent; only training looks at it
 
     def forward(self, x):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar, codebook + 0.25·commitment"""
@@ -462,6 +465,8 @@ class Quantizer(nn.Module):
     def revive(self, x, codes, patience):
         """Moves every code that nothing has chosen for `patience` steps onto a random latent of this batch, so that
         the codebook can't collapse. x (B, h, w, C), codes (B, h, w) -> how many were moved"""
+        if self.idle is None:  # so the first batch places all codes among its latents
+            self.idle = torch.full((len(self.codebook),), math.inf, device=x.device)
         self.idle += 1
         self.idle[codes.unique()] = 0
         dead = (self.idle >= patience).nonzero()[:, 0]
@@ -486,7 +491,8 @@ class VQGAN(nn.Module):
         super().__init__()
         c = cfg.channels
         self.register_buffer("scale", torch.tensor(cfg.scale))
-        encoder = [nn.Linear(3 * 4, c[0])]
+        self.from_pixels = nn.Linear(3 * 4, c[0])
+        encoder = []
         for i, channels in enumerate(c):
             if i > 0:
                 encoder.append(Conv(c[i - 1], channels, 4, stride=2, padding=1))
@@ -495,21 +501,23 @@ class VQGAN(nn.Module):
         self.to_latents = nn.Linear(c[-1], cfg.latent_channels, bias=False)
         self.latent_norm = nn.BatchNorm1d(cfg.latent_channels)  # so that latents have mean 0 and deviation 1
         self.quantizer = Quantizer(cfg.codebook_size, cfg.latent_channels)
-        decoder = [nn.Linear(cfg.latent_channels, c[-1])]
+        self.from_latents = nn.Linear(cfg.latent_channels, c[-1])
+        decoder = []
         for i, channels in reversed(list(enumerate(c))):
             decoder += [VQBlock(channels) for _ in range(cfg.blocks if i == len(c) - 1 else 1)]
             if i > 0:
                 decoder.append(ConvUp(channels, c[i - 1], 4, stride=2, padding=1))
-        self.decoder = nn.Sequential(*decoder, nn.Linear(c[0], 3 * 4))
+        self.decoder = nn.Sequential(*decoder)
+        self.to_pixels = nn.Linear(c[0], 3 * 4)
 
     def encode(self, images):
         """images (B, H, W, 3) in [0, 1] -> latents before quantization (B, H/4, W/4, 4)"""
-        x = self.to_latents(self.encoder(space_to_depth(images, 2)))
+        x = self.to_latents(self.encoder(self.from_pixels(space_to_depth(images, 2))))
         return self.latent_norm(x.flatten(0, 2)).view_as(x)
 
     def decode(self, latents):
         """latents (B, h, w, 4), quantized or not -> images (B, 4h, 4w, 3), not clamped"""
-        return depth_to_space(self.decoder(latents), 2)
+        return depth_to_space(self.to_pixels(self.decoder(self.from_latents(latents))), 2)
 
     def forward(self, images):
         """images (B, H, W, 3) in [0, 1] -> reconstruction (B, H, W, 3), latents (B, H/4, W/4, 4),
@@ -544,9 +552,10 @@ class Discriminator(nn.Module):
 # Its blocks are ordinary NCHW layers: BatchNorm2d wants channels second. Ends are (B, H, W, C) like everything else.
 
 
-def conv_norm(c_in, c_out, kernel, stride=1, groups=1):
+def conv_norm(c_in, c_out, kernel, stride=1, groups=1, activation=True):
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out, eps=1e-3))
+    norm = nn.BatchNorm2d(c_out, eps=1e-3)
+    return nn.Sequential(conv, norm, nn.SiLU()) if activation else nn.Sequential(conv, norm)
 
 
 class SqueezeExcitation(nn.Module):
@@ -572,15 +581,14 @@ class MBConv(nn.Module):
         self.residual = stride == 1 and c_in == c_out
         self.drop = drop
         wide = c_in * expansion
-        act = nn.SiLU()
         if fused and expansion == 1:
-            self.layers = nn.Sequential(conv_norm(c_in, c_out, 3, stride), act)
+            layers = [conv_norm(c_in, c_out, 3, stride)]
         elif fused:
-            self.layers = nn.Sequential(conv_norm(c_in, wide, 3, stride), act, conv_norm(wide, c_out, 1))
+            layers = [conv_norm(c_in, wide, 3, stride), conv_norm(wide, c_out, 1, activation=False)]
         else:
-            self.layers = nn.Sequential(conv_norm(c_in, wide, 1), act,
-                                        conv_norm(wide, wide, 3, stride, groups=wide), act,
-                                        SqueezeExcitation(wide, max(1, c_in // 4)), conv_norm(wide, c_out, 1))
+            layers = [conv_norm(c_in, wide, 1), conv_norm(wide, wide, 3, stride, groups=wide),
+                      SqueezeExcitation(wide, max(1, c_in // 4)), conv_norm(wide, c_out, 1, activation=False)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
         """(B, c_in, H, W) -> (B, c_out, H/stride, W/stride)"""
@@ -598,21 +606,21 @@ class EfficientNet(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]), persistent=False)  # ImageNet's
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
-        layers = [conv_norm(3, cfg.stem, 3, 2), nn.SiLU()]
+        stages = [conv_norm(3, cfg.stem, 3, 2)]
         channels, total, done = cfg.stem, sum(stage[-1] for stage in cfg.stages), 0
         for kind, expansion, stride, out, count in cfg.stages:
+            blocks = []
             for i in range(count):
                 drop = cfg.stochastic_depth * done / total
-                layers.append(MBConv(channels, out, expansion, stride if i == 0 else 1, kind == "fused", drop))
+                blocks.append(MBConv(channels, out, expansion, stride if i == 0 else 1, kind == "fused", drop))
                 channels, done = out, done + 1
-        self.layers = nn.Sequential(*layers, conv_norm(channels, cfg.features, 1), nn.SiLU())
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages, conv_norm(channels, cfg.features, 1))
 
     def forward(self, images):
         """images (B, H, W, 3) in [0, 1] -> features (B, ⌈H/32⌉, ⌈W/32⌉, features)"""
-        x = (images - self.mean) / self.std
-        return self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        mean, std = images.new_tensor([0.485, 0.456, 0.406]), images.new_tensor([0.229, 0.224, 0.225])  # ImageNet's
+        return self.stages(((images - mean) / std).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SemanticCompressor(nn.Module):
@@ -647,40 +655,49 @@ def shrink(images):
 
 class Level(nn.Module):
     """One resolution of the U-Net, on the way down or up: `blocks` times ResBlock, TimestepBlock and, where the level
-    has heads, AttnBlock."""
+    has heads, AttnBlock. `before` and `after` change the resolution."""
 
-    def __init__(self, cfg, i, skip_channels=0):
+    def __init__(self, cfg, i, skip_channels=0, before=None, after=None):
         super().__init__()
         c = cfg.channels[i]
         self.mapper = nn.Linear(cfg.semantic_channels, cfg.cond_width) if cfg.semantic[i] else None
         cond = cfg.cond_width if cfg.semantic[i] else 0
-        self.blocks = nn.ModuleList()
+        self.blocks = nn.ModuleList([before] if before else [])
         for j in range(cfg.blocks[i]):
             self.blocks.append(ResBlock(c, cond + (skip_channels if j == 0 else 0), cfg.dropout))
             self.blocks.append(TimestepBlock(c, cfg.time_width))
             if cfg.heads[i]:
                 self.blocks.append(AttnBlock(c, cfg.cond_width, cfg.heads[i]))
+        if after:
+            self.blocks.append(after)
 
     def forward(self, x, time, semantic, text, skip=None):
         """x (B, H, W, C), time (B, time_width), semantic (B, h, w, 16) of any size, text (B, L, cond_width),
-        skip (B, H, W, skip_channels): the same level's output on the way down -> (B, H, W, C)"""
-        if self.mapper is not None:
-            # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
-            cond = F.interpolate(semantic.permute(0, 3, 1, 2).float(), x.shape[1:3], mode="bicubic",
-                                 antialias=True, align_corners=True)
-            cond = self.mapper(cond.permute(0, 2, 3, 1))
-        else:
-            cond = None
+        skip (B, H, W, skip_channels): the same level's output on the way down -> (B, H, W, C); where `before` or
+        `after` is given, x has another size on that side"""
+        cond = None
         for block in self.blocks:
             if isinstance(block, ResBlock):
+                if cond is None and self.mapper is not None:
+                    cond = self.mapper(stretch(semantic, *x.shape[1:3]))
                 extra = [y for y in (skip, cond) if y is not None]
                 x = block(x, torch.cat(extra, dim=-1) if extra else None)
                 skip = None  # only the first ResBlock sees it
             elif isinstance(block, TimestepBlock):
                 x = block(x, time)
-            else:
+            elif isinstance(block, AttnBlock):
                 x = block(x, text)
+            else:
+                x = block(x)
         return x
+
+
+def stretch(semantic, height, width):
+    """Semantic latents at a level's size (B, h, w, 16) -> (B, height, width, 16)"""
+    # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
+    x = F.interpolate(semantic.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True,
+                      align_corners=True)
+    return x.permute(0, 2, 3, 1)
 
 
 class StageB(nn.Module):
@@ -694,12 +711,13 @@ class StageB(nn.Module):
         self.text_norm = layer_norm(cfg.cond_width)
         self.embed = nn.Linear(cfg.latent_channels * cfg.patch**2, c[0])
         self.embed_norm = layer_norm(c[0])
-        self.down = nn.ModuleList(Level(cfg, i) for i in range(depth))
-        self.up = nn.ModuleList(Level(cfg, i, c[i] if i < depth - 1 else 0) for i in reversed(range(depth)))
-        self.downsample = nn.ModuleList(nn.Sequential(layer_norm(c[i]), Conv(c[i], c[i + 1], 2, stride=2))
-                                        for i in range(depth - 1))
-        self.upsample = nn.ModuleList(nn.Sequential(layer_norm(c[i + 1]), ConvUp(c[i + 1], c[i], 2, stride=2))
-                                      for i in reversed(range(depth - 1)))
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i in range(depth):
+            before = nn.Sequential(layer_norm(c[i - 1]), Conv(c[i - 1], c[i], 2, stride=2)) if i > 0 else None
+            self.down.append(Level(cfg, i, before=before))
+        for i in reversed(range(depth)):
+            after = nn.Sequential(layer_norm(c[i]), ConvUp(c[i], c[i - 1], 2, stride=2)) if i > 0 else None
+            self.up.append(Level(cfg, i, c[i] if i < depth - 1 else 0, after=after))
         self.out_norm = layer_norm(c[0])
         self.out = nn.Linear(c[0], 2 * cfg.latent_channels * cfg.patch**2)
 
@@ -726,15 +744,11 @@ class StageB(nn.Module):
         h = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch)))
 
         skips = []
-        for i, level in enumerate(self.down):
-            if i > 0:
-                h = self.downsample[i - 1](h)
+        for level in self.down:
             h = level(h, time, semantic, text)
             skips.append(h)
         skips.pop()  # the lowest level's output is h itself
         for i, level in enumerate(self.up):
-            if i > 0:
-                h = self.upsample[i - 1](h)
             h = level(h, time, semantic, text, skips.pop() if i > 0 else None)
 
         # The network says x = a + b·noise, which is easy at both ends of time: near 0 take all from a, near 1 from x.
@@ -848,6 +862,17 @@ def normal_noise(shape, generator, device):
     return noise.to(device).permute(0, 2, 3, 1)
 
 
+# The authors' short list for Stage C: 19 steps down to t = 2/3, ten more to 0.
+FAST_TIMES = [1 - i / 57 for i in range(20)] + [(10 - i) / 15 for i in range(1, 11)]
+
+
+def timesteps(steps, device):
+    """steps: how many, evenly spaced, or the falling times themselves, from 1 to 0 -> tensor (steps + 1,)"""
+    if isinstance(steps, int):
+        return torch.linspace(1, 0, steps + 1, device=device)
+    return torch.tensor(steps, dtype=torch.float32, device=device)
+
+
 @torch.no_grad()
 def sample(network, shape, timesteps, conditions, guidance=1.0, generator=None, sampler="ddpm", progress=iter):
     """From noise to latents.
@@ -874,11 +899,19 @@ def sample(network, shape, timesteps, conditions, guidance=1.0, generator=None, 
 # 9. Wuerstchen: all of it together.
 
 STAGES = {  # file in a run folder: the networks in it
-    "text": ("text", "compressor"),  # the contrastive picture tower is where Stage B's compressor starts
+    "text": ("text", "text_b", "compressor"),  # the contrastive picture tower is where Stage B's compressor starts
     "a": ("a",),
     "b": ("compressor", "b"),
     "c": ("c",),
 }
+
+
+def negatives(prompts, negative):
+    """A negative prompt for each prompt; one string serves all. ValueError if their numbers differ."""
+    negative = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if len(negative) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(negative)} negative ones")
+    return negative
 
 
 def save_config(folder, config, tokenizer):
@@ -892,36 +925,56 @@ def save_config(folder, config, tokenizer):
 class Wuerstchen(nn.Module):
     """The whole system: a caption's text, Stage C, Stage B and Stage A's decoder draw a picture."""
 
-    def __init__(self, config, tokenizer):
+    def __init__(self, config, tokenizer, tokenizer_b=None):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.tokenizer_b = tokenizer_b or tokenizer
         self.text = TextEncoder(config.text)
+        self.text_b = TextEncoder(config.text_b) if config.text_b else None  # None: `text` serves B too
         self.a = VQGAN(config.a)
         self.compressor = SemanticCompressor(config.compressor)
         self.b = StageB(config.b)
         self.c = StageC(config.c)
+        self.source = None  # set where networks come from disk when they are needed
 
     @property
     def device(self):
-        return self.c.latent_mean.device
+        return self.source["device"] if self.source else self.c.latent_mean.device
 
-    def encode_text(self, prompts):
-        """prompts: list of B strings -> (B, L, width)"""
-        ids, mask = self.tokenizer(prompts)
-        return self.text(ids.to(self.device), mask.to(self.device))
+    @contextmanager
+    def at_hand(self, name):
+        """A network by name, ready to use: with little memory it is read now and dropped afterwards."""
+        network = getattr(self, name)
+        if self.source:
+            load_official(self, name, **self.source)
+        # Half-precision weights (of the hub's snapshots) need half-precision products; what is added up stays float32.
+        dtype = next(p.dtype for p in network.parameters() if p.dim() > 1)
+        with nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype):
+            yield network
+        if self.source:
+            network.to("meta")
+
+    def encode_text(self, prompts, stage="c"):
+        """What a stage, "b" or "c", is told. prompts: list of B strings -> (B, L, width)"""
+        own = stage == "b" and self.text_b is not None
+        ids, mask = (self.tokenizer_b if own else self.tokenizer)(prompts)
+        with self.at_hand("text_b" if own else "text") as text:
+            return text(ids.to(self.device), mask.to(self.device)).float()
 
     def compress(self, images):
         """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16)"""
-        return self.compressor(shrink(images))
+        with self.at_hand("compressor") as compressor:
+            return compressor(shrink(images)).float()
 
     @torch.no_grad()
     def sample_c(self, prompts, negative="", size=None, steps=60, guidance=4.0, **options):
         """Stage C: prompts (list of B) -> semantic latents (B, *size, 16); size: (hs, ws), None for the trained one"""
         shape = (len(prompts), *(size or (self.config.cells,) * 2), self.config.c.channels)
-        text = self.encode_text(prompts + [negative] * len(prompts) if guidance > 1 else prompts)
-        times = torch.linspace(1, 0, steps + 1, device=self.device)
-        return sample(self.c, shape, times, (text,), guidance, **options) * self.c.latent_std + self.c.latent_mean
+        text = self.encode_text(prompts + negatives(prompts, negative) if guidance > 1 else prompts, "c")
+        with self.at_hand("c") as c:
+            x = sample(c, shape, timesteps(steps, self.device), (text,), guidance, **options)
+            return x * c.latent_std + c.latent_mean
 
     @torch.no_grad()
     def sample_b(self, semantic, prompts, negative="", size=None, steps=12, guidance=1.0, **options):
@@ -930,19 +983,23 @@ class Wuerstchen(nn.Module):
         side = self.config.image_size // 4
         shape = (len(prompts), *(size or (side, side)), self.config.a.latent_channels)
         if guidance > 1:
-            prompts = prompts + [negative] * len(prompts)
+            prompts = prompts + negatives(prompts, negative)
             semantic = torch.cat([semantic, torch.zeros_like(semantic)])
-        times = torch.linspace(1, 0, steps + 1, device=self.device)
-        latents = sample(self.b, shape, times, (semantic, self.encode_text(prompts)), guidance, **options)
-        return self.a.decode(latents * self.a.scale).clamp(0, 1)
+        text = self.encode_text(prompts, "b")
+        with self.at_hand("b") as b:
+            latents = sample(b, shape, timesteps(steps, self.device), (semantic, text), guidance, **options)
+        with self.at_hand("a") as a:
+            return a.decode(latents * a.scale).float().clamp(0, 1)
 
     def generate(self, prompts, negative="", height=None, width=None, steps_c=60, guidance_c=4.0, steps_b=12,
                  guidance_b=1.0, seed=None, sampler="ddpm", progress=lambda steps, stage: steps):
         """Draws a picture for each prompt.
 
-        prompts: list of B strings; negative: what to keep away from; height and width in pixels (None: as trained),
-        rounded to what the stages can draw; guidance 1 means none; sampler "ddpm" or "ddim"; progress(list of steps,
-        "c" or "b") may wrap them in a bar -> images (B, H, W, 3) in [0, 1]. ValueError if there is no prompt."""
+        prompts: list of B strings; negative: what to keep away from, one string or B of them; height and width in
+        pixels (None: as trained), rounded to what the stages can draw; steps_c and steps_b: how many, or the falling
+        times from 1 to 0 (FAST_TIMES); guidance 1 means none; seed: of all random numbers, drawn in the order of
+        diffusers' WuerstchenCombinedPipeline; sampler "ddpm" or "ddim"; progress(list of steps, "c" or "b") may wrap
+        them in a bar -> images (B, H, W, 3) in [0, 1]. ValueError if there is no prompt."""
         if not prompts:
             raise ValueError("no prompt given")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -962,15 +1019,18 @@ class Wuerstchen(nn.Module):
         B, H, W, _ = images.shape
         if H % self.config.stride or W % self.config.stride:
             raise ValueError(f"picture sides must be multiples of {self.config.stride}, not {H}x{W}")
+        if self.compressor is None:
+            raise ValueError("no EfficientNetEncoder beside the snapshots: it compresses pictures")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        from_a = self.a(images)[0].clamp(0, 1)
+        with self.at_hand("a") as a:
+            from_a = a(images)[0].float().clamp(0, 1)
         from_b = self.sample_b(self.compress(images), prompts or [""] * B, size=(H // 4, W // 4), steps=steps_b,
                                generator=generator, progress=lambda steps: progress(steps, "b"))
         return from_a, from_b
 
     def save_stage(self, folder, stage):
         """Writes one stage's networks to <stage>.pt."""
-        weights = {name: getattr(self, name).state_dict() for name in STAGES[stage]}
+        weights = {name: getattr(self, name).state_dict() for name in STAGES[stage] if getattr(self, name)}
         torch.save(weights, Path(folder) / f"{stage}.pt")
 
     def save(self, folder):
@@ -998,3 +1058,179 @@ class Wuerstchen(nn.Module):
         for stage in stages:
             model.load_stage(folder, stage)
         return model.eval()
+
+    @classmethod
+    def from_official(cls, folder, device="cpu", dtype=torch.float32, low_memory=False):
+        """The published model, from local copies of the hub's snapshots `wuerstchen-prior`, `wuerstchen` and, where
+        `reconstruct` is wanted, `EfficientNetEncoder` in one folder; sizes are those of their configurations.
+
+        dtype: of matrices and kernels; low_memory: every network is read when it is needed and dropped after use.
+        FileNotFoundError or ValueError says in one line what is missing or wrong."""
+        config = official_config(folder)
+        tokenizers = [Tokenizer.load(Path(folder) / place / "tokenizer") for place in ("wuerstchen-prior", "wuerstchen")]
+        with torch.device("meta"):
+            model = cls(config, *tokenizers).eval()
+        source = dict(folder=folder, device=torch.device(device), dtype=dtype)
+        for name in OFFICIAL_FOLDERS:
+            if name == "compressor" and not (Path(folder) / OFFICIAL_FOLDERS[name]).exists():
+                model.compressor = None
+            elif not low_memory:
+                load_official(model, name, **source)
+        model.source = source if low_memory else None
+        return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. The published weights, as they lie on the hub. Nothing here computes: it maps names and reads files.
+
+OFFICIAL_FOLDERS = {"text": "wuerstchen-prior/text_encoder", "c": "wuerstchen-prior/prior",
+                    "text_b": "wuerstchen/text_encoder", "b": "wuerstchen/decoder", "a": "wuerstchen/vqgan",
+                    "compressor": "EfficientNetEncoder"}
+
+# What to replace in our names, in turn, to get theirs (regular expressions).
+TEXT_NAMES = {"^tokens": "embeddings.token_embedding", "^positions": "embeddings.position_embedding.weight",
+              "^layers": "encoder.layers", "norm([12])": r"layer_norm\1", r"attention\.([qkv])": r"self_attn.\1_proj",
+              "attention.out": "self_attn.out_proj", "expand": "mlp.fc1", "project": "mlp.fc2",
+              "^norm": "final_layer_norm"}
+BLOCK_NAMES = {r"\.expand": ".channelwise.0", "grn": "channelwise.2", r"\.project\.": ".channelwise.4.",
+               r"\.kv": ".kv_mapper.1", r"attention\.([qkv])": r"attention.to_\1", "attention.out": "attention.to_out.0"}
+OFFICIAL_NAMES = {
+    "text": TEXT_NAMES,
+    "text_b": TEXT_NAMES,
+    "a": {"^from_pixels": "in_block.1", "^encoder": "down_blocks", "^to_latents": "down_blocks.3.0",
+          "^latent_norm": "down_blocks.3.1", "quantizer.codebook": "vquantizer.embedding.weight",
+          "^from_latents": "up_blocks.0.0", r"^decoder\.(\d+)": lambda m: f"up_blocks.{int(m[1]) + 1}",
+          "^to_pixels": "out_block.0", "depthwise": "depthwise.1", "expand": "channelwise.0",
+          "project": "channelwise.2"},
+    "compressor": {"^mapper": "mapper.0", "^norm": "mapper.1", "backbone.stages": "backbone", "layers": "block",
+                   "squeeze": "fc1", "excite": "fc2"},
+    "b": {"^text_mapper": "clip_mapper", r"^down\.(\d)\.mapper": r"effnet_mappers.\1",
+          # those of the way up, lowest level first, follow those of the four levels of the way down
+          r"^up\.(\d)\.mapper": lambda m: f"effnet_mappers.{int(m[1]) + 4}",
+          r"^(down|up)\.(\d)\.blocks": r"\1_blocks.\2", "^embed": "embedding.1", "^out": "clf.1", **BLOCK_NAMES},
+    "c": {"^text_mapper": "cond_mapper", "^embed": "projection", "^out": "out.1", **BLOCK_NAMES},
+}
+
+
+def official_name(part, name):
+    """The hub's name for a tensor of one of our networks."""
+    for ours, theirs in OFFICIAL_NAMES[part].items():
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+# Our sizes from their config.json. Keys that aren't asked for don't matter.
+TEXT_SIZES = lambda c: TextConfig(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"],  # noqa: E731
+                                  c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"],
+                                  c["hidden_act"])
+OFFICIAL_SIZES = {
+    "text": TEXT_SIZES,
+    "text_b": TEXT_SIZES,
+    "a": lambda c: VQGANConfig((c["embed_dim"] // 2, c["embed_dim"]), c["bottleneck_blocks"], c["latent_channels"],
+                               c["num_vq_embeddings"], c["scale_factor"]),
+    "b": lambda c: StageBConfig(c["c_hidden"], c["blocks"], [max(0, heads) for heads in c["nhead"]], c["inject_effnet"],
+                                c["c_cond"], c["clip_embd"], c["patch_size"], c["dropout"], c["c_in"],
+                                c["effnet_embd"], c["c_r"]),
+    "c": lambda c: StageCConfig(c["c"], c["depth"], c["nhead"], c["c_cond"], c["dropout"], c["c_in"], c["c_r"]),
+}
+
+
+def official_config(folder):
+    """The sizes in the snapshots' configurations -> Config. FileNotFoundError or ValueError names a bad one."""
+    sizes = {}
+    for name, read_sizes in OFFICIAL_SIZES.items():
+        path = Path(folder) / OFFICIAL_FOLDERS[name] / "config.json"
+        try:
+            sizes[name] = read_sizes(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the configuration expected: {error!r}") from None
+    return Config(**sizes)
+
+
+def load_official(model, name, folder, device, dtype):
+    """Fills one network of a model with its snapshot's weights."""
+    path = Path(folder) / OFFICIAL_FOLDERS[name]
+    # What the published pipelines know besides the weights; a semantic latent e is to Stage C (e + 1) / 42.
+    channels = model.config.c.channels
+    known = {"a": dict(scale=torch.tensor(model.config.a.scale)),
+             "c": dict(latent_mean=torch.full((channels,), -1.0), latent_std=torch.full((channels,), 42.0))}.get(name, {})
+    fill(getattr(model, name), name, read_weights(path), path, known, dtype)
+    getattr(model, name).to(device)
+
+
+def fill(network, name, weights, path="weights", known={}, dtype=torch.float32):
+    """Gives a network weights {official name: tensor}, and those already `known` by our name. ValueError names a tensor
+    that is missing, that nothing asks for, or that has another shape."""
+    weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()  # as older files have them
+               if not key.endswith("position_ids")}
+    ours, filled = network.state_dict(), dict(known)
+    theirs = {key: official_name(name, key) for key in ours if key not in known}
+    asked = set(theirs.values())
+    for what, keys in (("lacks", asked - set(weights)), ("has an unknown", set(weights) - asked)):
+        if keys:
+            raise ValueError(f"{path} {what} tensor {min(keys)}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    for key in theirs:
+        tensor, shape = weights[theirs[key]], ours[key].shape
+        # Axes of size 1 may differ: a 1x1 convolution is a Linear here.
+        if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+            raise ValueError(f"{path}: {theirs[key]} has shape {list(tensor.shape)}, not {list(shape)}")
+        if tensor.is_floating_point():  # vectors are small, and norms want them exact
+            tensor = tensor.to(dtype if len(shape) > 1 else torch.float32)
+        filled[key] = tensor.reshape(shape)
+    network.load_state_dict(filled, assign=True)
+
+
+def read_weights(folder):
+    """All tensors of a snapshot's component, from *.safetensors or, where there is none, *.bin -> {name: tensor}"""
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not found:
+        raise FileNotFoundError(f"no weights (*.safetensors, *.bin) in {folder}")
+    # Large components may come in parts; otherwise the shortest name is the plain one, without ".fp16" and the like.
+    parts = [path for path in found if "-of-" in path.name] or [min(found, key=lambda path: len(path.name))]
+    return {name: tensor for path in parts
+            for name, tensor in (read_safetensors if path.suffix == ".safetensors" else read_bin)(path).items()}
+
+
+def read_bin(path):
+    """A file of torch.save, tensors only: code in it is refused, not run. -> {name: tensor}"""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        weights = None
+    if not isinstance(weights, dict) or not all(torch.is_tensor(tensor) for tensor in weights.values()):
+        raise ValueError(f"{path} is damaged, or holds something else than tensors")
+    return weights
+
+
+SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def read_safetensors(path):
+    """A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes, without gaps. The tensors
+    lie in the file's mapped memory, so only what is used is read. ValueError if anything doesn't fit -> {name: tensor}"""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        length = int.from_bytes(file.read(8), "little") if file.seek(0) == 0 and size >= 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path} is no safetensors file, or is cut off")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        header = json.loads(data[8:8 + length])
+        header.pop("__metadata__", None)
+        tensors, end = {}, 8 + length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            count = math.prod(shape)
+            if 8 + length + start != end or stop - start != count * dtype.itemsize or min(shape, default=0) < 0:
+                raise ValueError
+            end = 8 + length + stop
+            if end > size:
+                raise ValueError
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start) if count else \
+                torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+        if end != size:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
+        raise ValueError(f"{path} is damaged: its header doesn't fit its {size} bytes") from None
+    return tensors

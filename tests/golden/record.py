@@ -155,6 +155,22 @@ def scheduler():
     save("scheduler", {"config": dict(schedule.config), "generator_seed": 62, "of": "12 steps: 0, 5 and 11"}, **arrays)
 
 
+def names():
+    """Every tensor's name and shape in the published sizes, from the references' classes; no numbers."""
+    towers = {"text_b": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+              "text": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}}
+    with torch.device("meta"):
+        compressor = torch.nn.Module()
+        compressor.backbone = torchvision.models.efficientnet_v2_s().features
+        compressor.mapper = torch.nn.Sequential(torch.nn.Conv2d(1280, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
+        models = {"a": reference.PaellaVQModel(), "b": reference.WuerstchenDiffNeXt(), "compressor": compressor,
+                  "c": reference.WuerstchenPrior(c_in=16, c=1536, c_cond=1280, c_r=64, depth=32, nhead=24),
+                  **{part: CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, hidden_act="gelu",
+                                                        **sizes)) for part, sizes in towers.items()}}
+    save("names", {"shapes": {part: {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+                              for part, model in models.items()}})
+
+
 # --- the whole pipeline ----------------------------------------------------------------------------------------------
 
 PROMPTS = ["The cat and the dog!", "a small house on a hill, at night 42"]
@@ -300,7 +316,7 @@ def pipeline():
 
 RECORDERS = {"vqgan": vqgan, "effnet": effnet, "stage_b": stage_b, "stage_c": stage_c,
              "text_gelu": lambda: text("gelu"), "text_quick_gelu": lambda: text("quick_gelu"),
-             "scheduler": scheduler, "pipeline": pipeline}
+             "scheduler": scheduler, "names": names, "pipeline": pipeline}
 
 if __name__ == "__main__":
     with torch.no_grad():
