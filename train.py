@@ -5,8 +5,9 @@ Trains Würstchen from nothing, stage by stage:
     python train.py --data cifar10 --data-dir DIR --image-size 64 --run runs/cifar
     python train.py c --steps 5000                       one stage again, longer
 
-The order is the paper's: tokenizer, text encoder (contrastively, then frozen), Stage A, Stage B with its semantic
-compressor, Stage C on the compressor's latents. What a run leaves in its folder:
+The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
+Stage C on the compressor's latents. Stage B reads the text encoder as it is; Stage C goes on training its own copy.
+What a run leaves in its folder:
 
     config.json, tokenizer/     sizes and vocabulary
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
@@ -304,8 +305,8 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(300, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(2500, 32, 1e-3),
-                 c=Recipe(900, 128, 1e-3)),
+    "tiny": dict(text=Recipe(200, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(2100, 32, 1e-3),
+                 c=Recipe(1500, 48, 2e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
@@ -476,13 +477,13 @@ def train_text(run):
         run.log(stage="text", step=step, accuracy=(ids[best] == ids).all(dim=1).float().mean().item())
 
     clip = fit(run, "text", CLIP(run.config).to(run.device), run.train_batches, loss_of, accuracy)
-    run.model.text = clip.text
+    run.model.text, run.model.text_b = clip.text, clip.text  # Stage B keeps it as it is, Stage C goes on training it
     run.model.compressor.backbone = clip.image  # where Stage B's compressor starts
 
 
 def train_a(run):
-    """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many different
-    pictures in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
+    """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many pictures
+    in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
     cfg, steps = run.config.a, run.recipe("a").steps
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(cfg.disc_depth, cfg.disc_width)))
 
@@ -551,7 +552,7 @@ def train_b(run):
     def loss_of(network, batch, step):
         small, latents, captions = batch
         with torch.no_grad():
-            text = model.text(*run.tokens(captions, drop=0.05))
+            text = model.text_b(*run.tokens(captions, drop=0.05))
         semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
         # 5 % of the semantic latents are zeroed, 30 % of the others noised.
@@ -576,7 +577,7 @@ def train_b(run):
 @torch.no_grad()
 def frozen_latents(run):
     """What Stage B learns from. Stage A no longer changes, so its part is computed once.
-    -> pictures as the compressor takes them (N, 3H/4, 3W/4, 3) uint8, A's latents (N, H/4, W/4, 4) float16, N captions"""
+    -> pictures as the compressor takes them (N, 3H/4, 3W/4, 3) uint8, A's latents (N, H/4, W/4, 4) float16, captions"""
     small, latents, captions = [], [], []
     for images, batch in run.cached("latents of Stage A"):
         with run.autocast():
@@ -587,26 +588,29 @@ def frozen_latents(run):
 
 
 def train_c(run):
-    """Stage C, on semantic latents computed once."""
+    """Stage C, on semantic latents computed once. The text encoder is trained with it: a frozen one, having only learned
+    to tell captions apart, says too little about which object is which."""
     model = run.model
     semantic, captions = semantic_latents(run)
     model.c.latent_mean.copy_(semantic.mean(dim=(0, 1, 2)))
     model.c.latent_std.copy_(semantic.std(dim=(0, 1, 2)))
     semantic = (semantic - model.c.latent_mean) / model.c.latent_std
 
-    def loss_of(c, batch, step):
+    network = nn.ModuleDict(dict(text=model.text, c=model.c))
+
+    def loss_of(network, batch, step):
         x, captions = batch
-        with torch.no_grad():
-            text = model.text(*run.tokens(captions, drop=0.05))
+        text = network["text"](*run.tokens(captions, drop=0.05))
         t, noise = training_times(len(x), run.device), torch.randn_like(x)
-        return diffusion_loss(noise, c(add_noise(x, noise, t), t, text), t), {}
+        return diffusion_loss(noise, network["c"](add_noise(x, noise, t), t, text), t), {}
 
     def sheet(average, step):
-        model.c = average
+        model.text, model.c = average["text"], average["c"]
         images, captions = run.examples()
         run.save_sheet("c", step, [images, model.generate(captions, seed=0)], captions)
 
-    model.c = fit(run, "c", model.c, run.picks(captions, semantic), loss_of, sheet)
+    average = fit(run, "c", network, run.picks(captions, semantic), loss_of, sheet)
+    model.text, model.c = average["text"], average["c"]
 
 
 @torch.no_grad()
@@ -658,7 +662,7 @@ def parse_args(argv=None):
     add("--steps", type=int, help="steps of every stage named (default: the preset's recipe)")
     add("--batch-size", type=int, help="pictures a step (default: the preset's recipe)")
     add("--lr", type=float, help="highest learning rate (default: the preset's recipe)")
-    add("--cache", type=int, default=16384, help="pictures that stages B and C learn from: latents of A and of the "
+    add("--cache", type=int, default=8192, help="pictures that stages B and C learn from: latents of A and of the "
         "compressor are computed once")
     add("--seed", type=int, help="of the data and the weights (default: 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
@@ -716,7 +720,7 @@ def main(argv=None):
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
     config = copy.deepcopy(PRESETS[args.preset])
-    config.text_b, config.b.text_width = None, config.text.width  # one text encoder is trained, for both stages
+    config.text_b, config.b.text_width = config.text, config.text.width  # one contrastive training for both stages
     config.image_size = args.image_size = args.image_size or config.image_size
     if args.image_size < 1 or args.image_size % config.stride:
         raise ValueError(f"--image-size must be a multiple of {config.stride} for {args.preset}, not {args.image_size}")

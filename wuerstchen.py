@@ -116,10 +116,10 @@ class StageCConfig:
 
 @dataclass
 class Config:
-    """Sizes of the whole system. `text_b` None: Stage B reads the same text encoder as Stage C."""
+    """Sizes of the whole system: `text` for Stage C, `text_b` for Stage B."""
     image_size: int = 1024  # side in pixels that the stages are trained at
     text: TextConfig = field(default_factory=TextConfig)
-    text_b: TextConfig | None = None
+    text_b: TextConfig = field(default_factory=TextConfig)
     a: VQGANConfig = field(default_factory=VQGANConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     b: StageBConfig = field(default_factory=StageBConfig)
@@ -148,7 +148,7 @@ class Config:
     def from_dict(cls, d):
         parts = dict(text=TextConfig, text_b=TextConfig, a=VQGANConfig, compressor=CompressorConfig,
                      b=StageBConfig, c=StageCConfig)
-        return cls(**{k: parts[k](**v) if k in parts and v is not None else v for k, v in d.items()})
+        return cls(**{k: parts[k](**v) if k in parts else v for k, v in d.items()})
 
 
 PRESETS = {
@@ -156,6 +156,7 @@ PRESETS = {
     "tiny": Config(
         image_size=128,
         text=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
+        text_b=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         a=VQGANConfig(channels=(32, 64), blocks=2, codebook_size=256, disc_depth=4, disc_width=128),
         compressor=CompressorConfig(stem=16, stages=(("fused", 1, 1, 16, 1), ("fused", 4, 2, 24, 1),
                                                      ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
@@ -169,6 +170,7 @@ PRESETS = {
     "small": Config(
         image_size=256,
         text=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
+        text_b=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
         a=VQGANConfig(channels=(96, 192), blocks=6, codebook_size=4096, disc_depth=5, disc_width=256),
         compressor=CompressorConfig(),
         b=StageBConfig(channels=(128, 256, 512), blocks=(2, 4, 6), heads=(0, 8, 16), semantic=(False, True, True),
@@ -177,8 +179,7 @@ PRESETS = {
     ),
     # The published model.
     "v2": Config(
-        text=TextConfig(width=1280, depth=32, heads=20, mlp_width=5120),  # ViT-bigG/14
-        text_b=TextConfig(),  # ViT-H/14
+        text=TextConfig(width=1280, depth=32, heads=20, mlp_width=5120),  # ViT-bigG/14; B's is the default, ViT-H/14
     ),
 }
 
@@ -902,7 +903,7 @@ STAGES = {  # file in a run folder: the networks in it
     "text": ("text", "text_b", "compressor"),  # the contrastive picture tower is where Stage B's compressor starts
     "a": ("a",),
     "b": ("compressor", "b"),
-    "c": ("c",),
+    "c": ("text", "c"),  # each stage has a text encoder of its own; C goes on training its
 }
 
 
@@ -931,7 +932,7 @@ class Wuerstchen(nn.Module):
         self.tokenizer = tokenizer
         self.tokenizer_b = tokenizer_b or tokenizer
         self.text = TextEncoder(config.text)
-        self.text_b = TextEncoder(config.text_b) if config.text_b else None  # None: `text` serves B too
+        self.text_b = TextEncoder(config.text_b)
         self.a = VQGAN(config.a)
         self.compressor = SemanticCompressor(config.compressor)
         self.b = StageB(config.b)
@@ -957,9 +958,9 @@ class Wuerstchen(nn.Module):
 
     def encode_text(self, prompts, stage="c"):
         """What a stage, "b" or "c", is told. prompts: list of B strings -> (B, L, width)"""
-        own = stage == "b" and self.text_b is not None
-        ids, mask = (self.tokenizer_b if own else self.tokenizer)(prompts)
-        with self.at_hand("text_b" if own else "text") as text:
+        name, tokenizer = ("text_b", self.tokenizer_b) if stage == "b" else ("text", self.tokenizer)
+        ids, mask = tokenizer(prompts)
+        with self.at_hand(name) as text:
             return text(ids.to(self.device), mask.to(self.device)).float()
 
     def compress(self, images):
@@ -1030,12 +1031,14 @@ class Wuerstchen(nn.Module):
 
     def save_stage(self, folder, stage):
         """Writes one stage's networks to <stage>.pt."""
-        weights = {name: getattr(self, name).state_dict() for name in STAGES[stage] if getattr(self, name)}
+        weights = {name: getattr(self, name).state_dict() for name in STAGES[stage] if getattr(self, name) is not None}
         torch.save(weights, Path(folder) / f"{stage}.pt")
 
     def save(self, folder):
         """Writes everything that `load` reads: config.json, tokenizer/ and a file a stage."""
         save_config(folder, self.config, self.tokenizer)
+        if self.tokenizer_b is not self.tokenizer:
+            self.tokenizer_b.save(Path(folder) / "tokenizer_b")
         for stage in STAGES:
             self.save_stage(folder, stage)
 
@@ -1054,7 +1057,8 @@ class Wuerstchen(nn.Module):
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"no run in {folder}: train it first: python train.py --run {folder}")
         config = Config.from_dict(json.loads((folder / "config.json").read_text()))
-        model = cls(config, Tokenizer.load(folder / "tokenizer"))
+        tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
+        model = cls(config, *tokenizers)
         for stage in stages:
             model.load_stage(folder, stage)
         return model.eval()
@@ -1067,15 +1071,18 @@ class Wuerstchen(nn.Module):
         dtype: of matrices and kernels; low_memory: every network is read when it is needed and dropped after use.
         FileNotFoundError or ValueError says in one line what is missing or wrong."""
         config = official_config(folder)
-        tokenizers = [Tokenizer.load(Path(folder) / place / "tokenizer") for place in ("wuerstchen-prior", "wuerstchen")]
+        tokenizer, tokenizer_b = (Tokenizer.load(Path(folder) / snapshot / "tokenizer")
+                                  for snapshot in ("wuerstchen-prior", "wuerstchen"))
         with torch.device("meta"):
-            model = cls(config, *tokenizers).eval()
+            model = cls(config, tokenizer, tokenizer_b).eval()
         source = dict(folder=folder, device=torch.device(device), dtype=dtype)
-        for name in OFFICIAL_FOLDERS:
-            if name == "compressor" and not (Path(folder) / OFFICIAL_FOLDERS[name]).exists():
-                model.compressor = None
-            elif not low_memory:
-                load_official(model, name, **source)
+        if not (Path(folder) / OFFICIAL_FOLDERS["compressor"]).exists():
+            model.compressor = None
+        for name, place in OFFICIAL_FOLDERS.items():
+            if getattr(model, name) is not None:
+                find_weights(Path(folder) / place)  # complain now, not after minutes of drawing
+                if not low_memory:
+                    load_official(model, name, **source)
         model.source = source if low_memory else None
         return model
 
@@ -1093,7 +1100,8 @@ TEXT_NAMES = {"^tokens": "embeddings.token_embedding", "^positions": "embeddings
               "attention.out": "self_attn.out_proj", "expand": "mlp.fc1", "project": "mlp.fc2",
               "^norm": "final_layer_norm"}
 BLOCK_NAMES = {r"\.expand": ".channelwise.0", "grn": "channelwise.2", r"\.project\.": ".channelwise.4.",
-               r"\.kv": ".kv_mapper.1", r"attention\.([qkv])": r"attention.to_\1", "attention.out": "attention.to_out.0"}
+               r"\.kv": ".kv_mapper.1", r"attention\.([qkv])": r"attention.to_\1",
+               "attention.out": "attention.to_out.0"}
 OFFICIAL_NAMES = {
     "text": TEXT_NAMES,
     "text_b": TEXT_NAMES,
@@ -1119,13 +1127,15 @@ def official_name(part, name):
     return name
 
 
+def text_sizes(c):
+    return TextConfig(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"], c["num_hidden_layers"],
+                      c["num_attention_heads"], c["intermediate_size"], c["hidden_act"])
+
+
 # Our sizes from their config.json. Keys that aren't asked for don't matter.
-TEXT_SIZES = lambda c: TextConfig(c["vocab_size"], c["max_position_embeddings"], c["hidden_size"],  # noqa: E731
-                                  c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"],
-                                  c["hidden_act"])
 OFFICIAL_SIZES = {
-    "text": TEXT_SIZES,
-    "text_b": TEXT_SIZES,
+    "text": text_sizes,
+    "text_b": text_sizes,
     "a": lambda c: VQGANConfig((c["embed_dim"] // 2, c["embed_dim"]), c["bottleneck_blocks"], c["latent_channels"],
                                c["num_vq_embeddings"], c["scale_factor"]),
     "b": lambda c: StageBConfig(c["c_hidden"], c["blocks"], [max(0, heads) for heads in c["nhead"]], c["inject_effnet"],
@@ -1150,10 +1160,12 @@ def official_config(folder):
 def load_official(model, name, folder, device, dtype):
     """Fills one network of a model with its snapshot's weights."""
     path = Path(folder) / OFFICIAL_FOLDERS[name]
-    # What the published pipelines know besides the weights; a semantic latent e is to Stage C (e + 1) / 42.
-    channels = model.config.c.channels
-    known = {"a": dict(scale=torch.tensor(model.config.a.scale)),
-             "c": dict(latent_mean=torch.full((channels,), -1.0), latent_std=torch.full((channels,), 42.0))}.get(name, {})
+    known = {}  # what the published pipelines know besides the weights
+    if name == "a":
+        known["scale"] = torch.tensor(model.config.a.scale)
+    elif name == "c":  # a semantic latent e is to Stage C (e + 1) / 42
+        known["latent_mean"] = torch.full((model.config.c.channels,), -1.0)
+        known["latent_std"] = torch.full((model.config.c.channels,), 42.0)
     fill(getattr(model, name), name, read_weights(path), path, known, dtype)
     getattr(model, name).to(device)
 
@@ -1168,7 +1180,8 @@ def fill(network, name, weights, path="weights", known={}, dtype=torch.float32):
     asked = set(theirs.values())
     for what, keys in (("lacks", asked - set(weights)), ("has an unknown", set(weights) - asked)):
         if keys:
-            raise ValueError(f"{path} {what} tensor {min(keys)}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{path} {what} tensor {min(keys)}{more}")
     for key in theirs:
         tensor, shape = weights[theirs[key]], ours[key].shape
         # Axes of size 1 may differ: a 1x1 convolution is a Linear here.
@@ -1180,14 +1193,18 @@ def fill(network, name, weights, path="weights", known={}, dtype=torch.float32):
     network.load_state_dict(filled, assign=True)
 
 
-def read_weights(folder):
-    """All tensors of a snapshot's component, from *.safetensors or, where there is none, *.bin -> {name: tensor}"""
+def find_weights(folder):
+    """The files that hold a component's tensors: *.safetensors or, where there is none, *.bin -> list of paths"""
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not found:
         raise FileNotFoundError(f"no weights (*.safetensors, *.bin) in {folder}")
     # Large components may come in parts; otherwise the shortest name is the plain one, without ".fp16" and the like.
-    parts = [path for path in found if "-of-" in path.name] or [min(found, key=lambda path: len(path.name))]
-    return {name: tensor for path in parts
+    return [path for path in found if "-of-" in path.name] or [min(found, key=lambda path: len(path.name))]
+
+
+def read_weights(folder):
+    """All tensors of a snapshot's component -> {name: tensor}"""
+    return {name: tensor for path in find_weights(folder)
             for name, tensor in (read_safetensors if path.suffix == ".safetensors" else read_bin)(path).items()}
 
 
@@ -1207,29 +1224,29 @@ SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.b
 
 def read_safetensors(path):
     """A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes, without gaps. The tensors
-    lie in the file's mapped memory, so only what is used is read. ValueError if anything doesn't fit -> {name: tensor}"""
+    lie in the file's mapped memory, so only what is used is read. ValueError if anything doesn't fit
+    -> {name: tensor}"""
+    size = Path(path).stat().st_size
     with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        length = int.from_bytes(file.read(8), "little") if file.seek(0) == 0 and size >= 8 else size
+        length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise ValueError(f"{path} is no safetensors file, or is cut off")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
         header = json.loads(data[8:8 + length])
         header.pop("__metadata__", None)
-        tensors, end = {}, 8 + length
+        tensors, end = {}, 0  # offsets count from the header's end
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, stop) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             count = math.prod(shape)
-            if 8 + length + start != end or stop - start != count * dtype.itemsize or min(shape, default=0) < 0:
+            if start != end or stop - start != count * dtype.itemsize or min(shape, default=0) < 0:
                 raise ValueError
-            end = 8 + length + stop
-            if end > size:
-                raise ValueError
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start) if count else \
-                torch.empty(0, dtype=dtype)
-            tensors[name] = flat.view(shape)
-        if end != size:
+            end = stop
+            if count:
+                tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start).view(shape)
+            else:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+        if 8 + length + end != size:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
         raise ValueError(f"{path} is damaged: its header doesn't fit its {size} bytes") from None

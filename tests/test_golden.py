@@ -247,13 +247,14 @@ def copied(snapshot, tmp_path):
     return Path(shutil.copytree(snapshot, tmp_path / "hub"))
 
 
-@pytest.mark.parametrize("part", ["wuerstchen-prior/prior", "wuerstchen-prior/tokenizer", "wuerstchen/text_encoder",
-                                  "wuerstchen/vqgan/diffusion_pytorch_model.safetensors", "wuerstchen/decoder/config.json"])
+@pytest.mark.parametrize("part", [
+    "wuerstchen-prior/prior", "wuerstchen-prior/tokenizer", "wuerstchen/text_encoder",
+    "wuerstchen/vqgan/diffusion_pytorch_model.safetensors", "wuerstchen/decoder/config.json"])
 def test_a_snapshot_with_something_missing(part, snapshot, tmp_path):
     folder = copied(snapshot, tmp_path)
     shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink()
-    ran = subprocess.run([sys.executable, "sample.py", "a fox", "--official", folder], capture_output=True, text=True,
-                         cwd=GOLDEN.parents[1])
+    command = [sys.executable, "sample.py", "a fox", "--low-memory", "--official", folder]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parents[1])
     assert ran.returncode != 0 and ran.stderr.count("\n") == 1 and part.split("/")[1] in ran.stderr
 
 
@@ -261,9 +262,10 @@ def test_tensors_that_do_not_fit(snapshot, tmp_path):
     folder = copied(snapshot, tmp_path)
     path = folder / "wuerstchen/vqgan/diffusion_pytorch_model.safetensors"
     tensors = {name: tensor.clone().numpy() for name, tensor in wuerstchen.read_safetensors(path).items()}
+    bias, weight = tensors["out_block.0.bias"], tensors["out_block.0.weight"]
     for change, message in (({"out_block.0.bias": None}, "lacks tensor out_block.0.bias$"),
-                            ({"extra": tensors["out_block.0.bias"]}, "has an unknown tensor extra$"),
-                            ({"out_block.0.bias": tensors["out_block.0.weight"]}, r"out_block.0.bias has shape \[12, ")):
+                            ({"extra": bias}, "has an unknown tensor extra$"),
+                            ({"out_block.0.bias": weight}, r"out_block.0.bias has shape \[12, ")):
         changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
         weights.write_safetensors(path, changed)
         with pytest.raises(ValueError, match=message):
@@ -293,3 +295,11 @@ def test_half_precision_stays_close(snapshot):
 def test_reconstruct_needs_the_compressor(snapshot):
     with pytest.raises(ValueError, match="no EfficientNetEncoder"):
         Wuerstchen.from_official(snapshot, low_memory=True).reconstruct(torch.rand(1, 64, 64, 3))
+
+
+def test_a_snapshot_can_be_saved_as_a_run(snapshot, tmp_path):
+    model = Wuerstchen.from_official(snapshot)
+    model.save(tmp_path / "run")
+    again = Wuerstchen.load(tmp_path / "run")
+    draw = dict(prompts=["a cat!"], height=128, width=128, steps_c=2, steps_b=2, guidance_b=2.0, seed=0)
+    assert torch.equal(model.generate(**draw), again.generate(**draw))

@@ -52,7 +52,7 @@ def test_presets_fit_together(preset):
     assert config.c.channels == config.b.semantic_channels == config.compressor.channels == 16
     assert config.a.latent_channels == config.b.latent_channels == 4
     assert config.c.text_width == config.text.width
-    assert config.b.text_width == (config.text_b or config.text).width
+    assert config.b.text_width == config.text_b.width
     assert config.image_size % config.stride == 0
 
 

@@ -120,6 +120,13 @@ def test_score_counts_what_the_checker_finds(run, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "0.0%"
 
 
+def test_crops_lie_on_the_grid_of_stage_a():
+    images = torch.arange(2 * 24 * 40).view(2, 24, 40, 1)
+    corners = {divmod(train.crop(images, 16)[0, 0, 0].item(), 40) for _ in range(300)}
+    assert corners == {(top, left) for top in (0, 4, 8) for left in range(0, 25, 4)}
+    assert train.crop(images, 16).shape == (2, 16, 16, 1)
+
+
 def test_interrupted_training_goes_on(run, tmp_path):
     """Ctrl-C saves; the same command goes on from the step it stopped at, with none left out or done twice."""
     folder = tmp_path / "run"

@@ -157,16 +157,17 @@ def scheduler():
 
 def names():
     """Every tensor's name and shape in the published sizes, from the references' classes; no numbers."""
-    towers = {"text_b": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-              "text": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}}
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    towers = {"text": dict(zip(keys, (1280, 5120, 32, 20))), "text_b": dict(zip(keys, (1024, 4096, 24, 16)))}
+    towers = {part: CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, hidden_act="gelu", **sizes)
+              for part, sizes in towers.items()}
     with torch.device("meta"):
         compressor = torch.nn.Module()
         compressor.backbone = torchvision.models.efficientnet_v2_s().features
         compressor.mapper = torch.nn.Sequential(torch.nn.Conv2d(1280, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
         models = {"a": reference.PaellaVQModel(), "b": reference.WuerstchenDiffNeXt(), "compressor": compressor,
                   "c": reference.WuerstchenPrior(c_in=16, c=1536, c_cond=1280, c_r=64, depth=32, nhead=24),
-                  **{part: CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, hidden_act="gelu",
-                                                        **sizes)) for part, sizes in towers.items()}}
+                  **{part: CLIPTextModel(config) for part, config in towers.items()}}
     save("names", {"shapes": {part: {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
                               for part, model in models.items()}})
 
