@@ -114,11 +114,11 @@ def score(model, args, count=200):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.score and (args.official or read_options(args.run).get("data", "shapes") != "shapes"):
+        raise ValueError(f"--score needs a run trained on Shapes; {args.official or args.run} wasn't")
     model = load_model(args)
     start = time.time()
     if args.score:
-        if args.official or read_options(args.run).get("data") != "shapes":
-            raise ValueError(f"--score needs a run trained on Shapes; {args.official or args.run} wasn't")
         score(model, args)
         print(f"{time.time() - start:.0f} s")
         return

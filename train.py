@@ -10,8 +10,10 @@ Stage C on the compressor's latents. Stage B reads the text encoder as it is; St
 What a run leaves in its folder:
 
     config.json, tokenizer/     sizes and vocabulary
+    options.json                what the run was begun with
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
     STAGE.ckpt                  an unfinished stage, to go on from
+    semantic.pt                 what Stage C learns from
     metrics.jsonl               a line every few steps: loss, pictures a second, and what a stage measures at its end
     sheets/                     pictures of how far it is
 
@@ -312,6 +314,8 @@ RECIPES = {
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
                c=Recipe(900_000, 1280, 1e-4)),
 }
+# Pictures that stages B and C learn from, where --cache doesn't say: about as many as fit a usual memory.
+CACHE = {"tiny": 8192, "small": 50_000, "v2": 8192}
 
 
 class Run:
@@ -344,16 +348,16 @@ class Run:
         return self.batches(self.train_data, recipe.batch, first, recipe.steps)
 
     def cached(self, what):
-        """The first --cache pictures, for what is computed of them once."""
+        """The first --cache pictures (in whole batches of 64), for what is computed of them once."""
         steps = -(-self.args.cache // 64)
         return tqdm(self.batches(self.train_data, 64, 0, steps), desc=what, total=steps)
 
     def picks(self, captions, *tensors):
-        """Batches for `fit`, drawn from what was computed once: rows of each tensor (N, ...), and their captions."""
+        """A function that gives `fit` batches of what was computed once: rows of each tensor (N, ...), and their captions."""
         def batches(first, recipe):
             for step in range(first, recipe.steps):
                 rows = np.random.default_rng((self.args.seed, step)).integers(len(captions), size=recipe.batch)
-                yield *(x[rows] for x in tensors), [captions[i] for i in rows]
+                yield *(x[rows].to(self.device) for x in tensors), [captions[i] for i in rows]
         return batches
 
     def examples(self, count=8):
@@ -381,11 +385,11 @@ def update_average(average, network, step):
             old.copy_(new)
 
 
-def fit(run, stage, network, batches, loss_of, sheet_of):
+def fit(run, stage, network, batches, loss_of, show):
     """Trains `network` and returns its moving average.
 
     batches(first, recipe) yields batches from step `first` on; loss_of(network, batch, step) gives the loss and a dict
-    of numbers to log; sheet_of(average, step) saves a sheet. Ctrl-C saves a checkpoint, as does every --save-every
+    of numbers to log; show(average, step) saves a sheet, or measures. Ctrl-C saves a checkpoint, as does every --save-every
     steps, and the next call goes on from it."""
     recipe, path = run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -434,7 +438,7 @@ def fit(run, stage, network, batches, loss_of, sheet_of):
             run.log(stage=stage, step=step, loss=loss.item(), images_per_s=speed, seconds=time.time() - start,
                     **{k: v.item() if torch.is_tensor(v) else v for k, v in numbers.items()})
         if step % run.args.sheet_every == 0 or step == recipe.steps:
-            sheet_of(average, step)
+            show(average, step)
         if step % run.args.save_every == 0 or stop:
             save()
         if stop:
@@ -484,14 +488,15 @@ def train_text(run):
 def train_a(run):
     """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many pictures
     in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
-    cfg, steps = run.config.a, run.recipe("a").steps
-    network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(cfg.disc_depth, cfg.disc_width)))
+    cfg, steps, side = run.config.a, run.recipe("a").steps, max(32, run.args.image_size // 2)
+    depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
+    network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
 
     def loss_of(network, batch, step):
         vqgan, discriminator = network["a"], network["discriminator"]
-        images = crop(batch[0], max(32, run.args.image_size // 2))
+        images = crop(batch[0], side)
         reconstruction, latents, codes, vq_loss = vqgan(images)
-        revived = vqgan.quantizer.revive(latents, codes, patience=50)
+        revived = vqgan.quantizer.revive(latents, codes, patience=50, fresh=step == 0)
         mse = F.mse_loss(reconstruction, images)
         loss = mse + F.l1_loss(reconstruction, images) + vq_loss
         numbers = dict(mse=mse, vq_loss=vq_loss, revived=revived)
@@ -535,7 +540,7 @@ def measure_a(run):
         deviation.append(latents.std())
     psnr, psnr_unquantized = (-10 * torch.cat(errors, dim=1).log10()).mean(dim=1).tolist()
     usage, perplexity = codebook_usage(torch.cat(codes), run.config.a.codebook_size)
-    # A little more than the deviation: the noise then hides large flat shapes long enough for B to ask the semantic
+    # Half as much again as the deviation: the noise then hides large flat shapes long enough for B to ask the semantic
     # latents where they are.
     run.model.a.scale.fill_(1.5 * torch.stack(deviation).mean())
     run.log(stage="a", psnr=psnr, psnr_unquantized=psnr_unquantized, codebook_usage=usage, perplexity=perplexity)
@@ -581,8 +586,8 @@ def frozen_latents(run):
     small, latents, captions = [], [], []
     for images, batch in run.cached("latents of Stage A"):
         with run.autocast():
-            latents.append(run.model.a.encode(images).half())
-        small.append((shrink(images).clamp(0, 1) * 255).round().byte())
+            latents.append(run.model.a.encode(images).half().cpu())
+        small.append((shrink(images).clamp(0, 1) * 255).round().byte().cpu())
         captions += batch
     return torch.cat(small), torch.cat(latents), captions
 
@@ -662,8 +667,8 @@ def parse_args(argv=None):
     add("--steps", type=int, help="steps of every stage named (default: the preset's recipe)")
     add("--batch-size", type=int, help="pictures a step (default: the preset's recipe)")
     add("--lr", type=float, help="highest learning rate (default: the preset's recipe)")
-    add("--cache", type=int, default=8192, help="pictures that stages B and C learn from: latents of A and of the "
-        "compressor are computed once")
+    add("--cache", type=int, help="pictures that stages B and C learn from: latents of A and of the compressor are "
+        "computed once (default: the preset's)")
     add("--seed", type=int, help="of the data and the weights (default: 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"),
@@ -724,6 +729,7 @@ def main(argv=None):
     config.image_size = args.image_size = args.image_size or config.image_size
     if args.image_size < 1 or args.image_size % config.stride:
         raise ValueError(f"--image-size must be a multiple of {config.stride} for {args.preset}, not {args.image_size}")
+    args.cache = args.cache or CACHE[args.preset]
     args.device = pick_device(args.device)
     if args.precision == "auto":
         args.precision = "bfloat16" if args.device != "mps" and bfloat16_is_faster(args.device) else "float32"
@@ -736,6 +742,9 @@ def main(argv=None):
         if args.stage == "all" and (folder / f"{stage}.pt").exists():
             print(f"stage {stage}: finished before")
             continue
+        if stage == "b":  # what Stage C learned from belongs to the compressor before
+            for name in ("semantic.pt", "c.ckpt"):
+                (folder / name).unlink(missing_ok=True)
         torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
         model = Wuerstchen.load(folder, NEEDS[stage]).to(args.device)
         TRAIN[stage](Run(args, model))
@@ -749,3 +758,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # between the training loops, which save first
+        sys.exit("stopped: the same command goes on")

@@ -454,20 +454,20 @@ class Quantizer(nn.Module):
 
     def forward(self, x):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar, codebook + 0.25·commitment"""
-        with torch.no_grad():
-            flat = x.detach().float().reshape(-1, x.shape[-1])
-            distance = self.codebook.square().sum(dim=1) - 2 * flat @ self.codebook.T  # + |x|², the same for all codes
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # nearness needs float32
+            flat, codebook = x.detach().float().reshape(-1, x.shape[-1]), self.codebook.float()
+            distance = codebook.square().sum(dim=1) - 2 * flat @ codebook.T  # + |x|², the same for all codes
             codes = distance.argmin(dim=1).view(x.shape[:-1])
         quantized = F.embedding(codes, self.codebook)
         loss = F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())
         return x + (quantized - x).detach(), codes, loss
 
     @torch.no_grad()
-    def revive(self, x, codes, patience):
+    def revive(self, x, codes, patience, fresh=True):
         """Moves every code that nothing has chosen for `patience` steps onto a random latent of this batch, so that
         the codebook can't collapse. x (B, h, w, C), codes (B, h, w) -> how many were moved"""
-        if self.idle is None:  # so the first batch places all codes among its latents
-            self.idle = torch.full((len(self.codebook),), math.inf, device=x.device)
+        if self.idle is None:  # inf: the first batch of a fresh codebook places all codes among its latents
+            self.idle = torch.full((len(self.codebook),), math.inf if fresh else 0.0, device=x.device)
         self.idle += 1
         self.idle[codes.unique()] = 0
         dead = (self.idle >= patience).nonzero()[:, 0]
@@ -949,12 +949,14 @@ class Wuerstchen(nn.Module):
         network = getattr(self, name)
         if self.source:
             load_official(self, name, **self.source)
-        # Half-precision weights (of the hub's snapshots) need half-precision products; what is added up stays float32.
+        # Half-precision weights (of the hub's snapshots) need half-precision products; the latents between steps stay float32.
         dtype = next(p.dtype for p in network.parameters() if p.dim() > 1)
         with nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype):
-            yield network
-        if self.source:
-            network.to("meta")
+            try:
+                yield network
+            finally:
+                if self.source:
+                    network.to("meta")
 
     def encode_text(self, prompts, stage="c"):
         """What a stage, "b" or "c", is told. prompts: list of B strings -> (B, L, width)"""
@@ -1032,10 +1034,15 @@ class Wuerstchen(nn.Module):
     def save_stage(self, folder, stage):
         """Writes one stage's networks to <stage>.pt."""
         weights = {name: getattr(self, name).state_dict() for name in STAGES[stage] if getattr(self, name) is not None}
-        torch.save(weights, Path(folder) / f"{stage}.pt")
+        path = Path(folder) / f"{stage}.pt"
+        torch.save(weights, f"{path}.new")
+        Path(f"{path}.new").replace(path)  # a crash while writing leaves no half a stage
 
     def save(self, folder):
-        """Writes everything that `load` reads: config.json, tokenizer/ and a file a stage."""
+        """Writes everything that `load` reads: config.json, tokenizer/ and a file a stage. ValueError where weights are
+        only read when needed."""
+        if self.source:
+            raise ValueError("with low_memory there are no weights to save: they lie in the snapshots")
         save_config(folder, self.config, self.tokenizer)
         if self.tokenizer_b is not self.tokenizer:
             self.tokenizer_b.save(Path(folder) / "tokenizer_b")
