@@ -264,3 +264,18 @@ def test_dead_codes_are_revived():
     assert codebook_usage(quantizer(x)[1], 16)[0] > 0.9
     quantizer.codebook.data[1:] += 100
     assert [quantizer.revive(x, quantizer(x)[1], patience=3) for _ in range(4)] == [0, 0, 15, 0]
+
+
+def test_after_a_resume_the_codebook_stays():
+    quantizer, x = Quantizer(16, 4), torch.randn(1, 2, 2, 4)
+    assert quantizer.revive(x, quantizer(x)[1], patience=3, fresh=False) == 0
+    assert [quantizer.revive(x, quantizer(x)[1], patience=3) > 0 for _ in range(2)] == [False, True]
+
+
+def test_nearest_codes_are_found_in_float32():
+    quantizer = Quantizer(512, 4)
+    nn.init.normal_(quantizer.codebook)
+    x = torch.randn(4, 8, 8, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = quantizer(x)[1]
+    assert torch.equal(codes, torch.cdist(x.flatten(0, 2), quantizer.codebook).argmin(dim=1).view(4, 8, 8))
