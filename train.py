@@ -353,7 +353,7 @@ class Run:
         return tqdm(self.batches(self.train_data, 64, 0, steps), desc=what, total=steps)
 
     def picks(self, captions, *tensors):
-        """A function that gives `fit` batches of what was computed once: rows of each tensor (N, ...), and their captions."""
+        """A function that gives `fit` batches of what was computed once: rows of each tensor (N, ...), their captions."""
         def batches(first, recipe):
             for step in range(first, recipe.steps):
                 rows = np.random.default_rng((self.args.seed, step)).integers(len(captions), size=recipe.batch)
@@ -389,8 +389,8 @@ def fit(run, stage, network, batches, loss_of, show):
     """Trains `network` and returns its moving average.
 
     batches(first, recipe) yields batches from step `first` on; loss_of(network, batch, step) gives the loss and a dict
-    of numbers to log; show(average, step) saves a sheet, or measures. Ctrl-C saves a checkpoint, as does every --save-every
-    steps, and the next call goes on from it."""
+    of numbers to log; show(average, step) saves a sheet, or measures. Ctrl-C saves a checkpoint, as do every
+    --save-every steps, and the next call goes on from it."""
     recipe, path = run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = copy.deepcopy(network).eval().requires_grad_(False)
     network.train()

@@ -949,7 +949,8 @@ class Wuerstchen(nn.Module):
         network = getattr(self, name)
         if self.source:
             load_official(self, name, **self.source)
-        # Half-precision weights (of the hub's snapshots) need half-precision products; the latents between steps stay float32.
+        # Half-precision weights (of the hub's snapshots) need half-precision products. Latents between steps stay
+        # float32.
         dtype = next(p.dtype for p in network.parameters() if p.dim() > 1)
         with nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype):
             try:
