@@ -161,9 +161,9 @@ def draw(caption, rng, size=128):
     background = scene.background or "white"
     picture = Image.new("RGB", (size, size), tinted(BACKGROUNDS[background], TINT["background"]))
     radii = [rng.uniform(*SIZES[name or ("small", "big")[rng.integers(2)]]) for name, _, _ in scene.objects]
-    reach = [radius * REACH[shape] for radius, (_, _, shape) in zip(radii, scene.objects)]
-    for (_, colour, shape), radius, r, (x, y) in zip(scene.objects, radii, reach, place(scene, rng)):
+    for (_, colour, shape), radius, (x, y) in zip(scene.objects, radii, place(scene, rng)):
         # Smooth edges: draw only the object's own box, four times as large, and reduce it.
+        r = radius * REACH[shape]
         left, top, side = int((x - r) * size), int((y - r) * size), int(2 * r * size) + 3
         outline = (np.array([x, y]) + radius * OUTLINES[shape]) * size - (left, top)
         mask = Image.new("L", (4 * side, 4 * side))
@@ -481,7 +481,7 @@ def train_text(run):
         run.log(stage="text", step=step, accuracy=(ids[best] == ids).all(dim=1).float().mean().item())
 
     clip = fit(run, "text", CLIP(run.config).to(run.device), run.train_batches, loss_of, accuracy)
-    run.model.text, run.model.text_b = clip.text, clip.text  # Stage B keeps it as it is, Stage C goes on training it
+    run.model.text_b = clip.text
     run.model.compressor.backbone = clip.image  # where Stage B's compressor starts
 
 
@@ -601,7 +601,7 @@ def train_c(run):
     model.c.latent_std.copy_(semantic.std(dim=(0, 1, 2)))
     semantic = (semantic - model.c.latent_mean) / model.c.latent_std
 
-    network = nn.ModuleDict(dict(text=model.text, c=model.c))
+    network = nn.ModuleDict(dict(text=copy.deepcopy(model.text_b), c=model.c))
 
     def loss_of(network, batch, step):
         x, captions = batch

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Sizes. One small dataclass a network; the defaults are the published 1024-px model ("v2").
@@ -639,9 +639,10 @@ class SemanticCompressor(nn.Module):
         return self.norm(x.flatten(0, 2)).view_as(x)
 
 
-def resize(images, height, width):
+def resize(images, height, width, align_corners=False):
     """Bicubic with anti-aliasing. (B, H, W, C) -> (B, height, width, C)"""
-    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True)
+    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True,
+                      align_corners=align_corners)
     return x.permute(0, 2, 3, 1)
 
 
@@ -680,7 +681,8 @@ class Level(nn.Module):
         for block in self.blocks:
             if isinstance(block, ResBlock):
                 if cond is None and self.mapper is not None:
-                    cond = self.mapper(stretch(semantic, *x.shape[1:3]))
+                    # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
+                    cond = self.mapper(resize(semantic, *x.shape[1:3], align_corners=True))
                 extra = [y for y in (skip, cond) if y is not None]
                 x = block(x, torch.cat(extra, dim=-1) if extra else None)
                 skip = None  # only the first ResBlock sees it
@@ -691,14 +693,6 @@ class Level(nn.Module):
             else:
                 x = block(x)
         return x
-
-
-def stretch(semantic, height, width):
-    """Semantic latents at a level's size (B, h, w, 16) -> (B, height, width, 16)"""
-    # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
-    x = F.interpolate(semantic.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True,
-                      align_corners=True)
-    return x.permute(0, 2, 3, 1)
 
 
 class StageB(nn.Module):
@@ -900,10 +894,10 @@ def sample(network, shape, timesteps, conditions, guidance=1.0, generator=None, 
 # 9. Wuerstchen: all of it together.
 
 STAGES = {  # file in a run folder: the networks in it
-    "text": ("text", "text_b", "compressor"),  # the contrastive picture tower is where Stage B's compressor starts
+    "text": ("text_b", "compressor"),  # the contrastive picture tower is where Stage B's compressor starts
     "a": ("a",),
     "b": ("compressor", "b"),
-    "c": ("text", "c"),  # each stage has a text encoder of its own; C goes on training its
+    "c": ("text", "c"),  # each stage has a text encoder of its own; C's begins as B's
 }
 
 
@@ -959,7 +953,7 @@ class Wuerstchen(nn.Module):
                 if self.source:
                     network.to("meta")
 
-    def encode_text(self, prompts, stage="c"):
+    def encode_text(self, prompts, stage):
         """What a stage, "b" or "c", is told. prompts: list of B strings -> (B, L, width)"""
         name, tokenizer = ("text_b", self.tokenizer_b) if stage == "b" else ("text", self.tokenizer)
         ids, mask = tokenizer(prompts)
@@ -1064,7 +1058,7 @@ class Wuerstchen(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"no run in {folder}: train it first: python train.py --run {folder}")
-        config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+        config = Config.from_dict(read_json(folder / "config.json"))
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
         model = cls(config, *tokenizers)
         for stage in stages:
@@ -1159,8 +1153,8 @@ def official_config(folder):
     for name, read_sizes in OFFICIAL_SIZES.items():
         path = Path(folder) / OFFICIAL_FOLDERS[name] / "config.json"
         try:
-            sizes[name] = read_sizes(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
+            sizes[name] = read_sizes(read_json(path))
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not the configuration expected: {error!r}") from None
     return Config(**sizes)
 
