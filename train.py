@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from tokenizer import Tokenizer
 from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, codebook_usage, contrastive_loss,
-                        diffusion_loss, save_config, shrink, training_times)
+                        diffusion_loss, resize, save_config, shrink, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
@@ -197,6 +197,19 @@ class Shapes:
         caption, rng = self.start(index)
         return draw(caption, rng, self.size), caption
 
+    def confuse(self, caption, rng):
+        """A caption of the same words that is wrong: two objects exchange places, or sizes, colours or shapes. None for
+        one object, and where it would be another split's, kept from training."""
+        scene = parse(caption)
+        if not scene.relation:
+            return None
+        first, second = scene.objects
+        ways = [part for part in range(3) if None not in (first[part], second[part]) and first[part] != second[part]]
+        part = rng.choice([*ways, 3])  # 3: all at once
+        first, second = zip(*((b, a) if part in (i, 3) else (a, b) for i, (a, b) in enumerate(zip(first, second))))
+        wrong = Scene([first, second], scene.relation, scene.background)
+        return wrong.caption() if split_of(wrong) in ("train", self.split) else None
+
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
@@ -253,6 +266,10 @@ class Cifar10:
         picture = Image.fromarray(self.pixels[record]).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return np.array(picture), self.caption(index)
 
+    def confuse(self, caption, rng):
+        """One object: there is nothing to exchange."""
+        return None
+
 
 def open_data(args, split="train"):
     if args.data == "shapes":
@@ -307,8 +324,8 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(200, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(2100, 32, 1e-3),
-                 c=Recipe(1500, 48, 2e-3)),
+    "tiny": dict(text=Recipe(500, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(1800, 32, 2e-3),
+                 c=Recipe(600, 128, 4e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
@@ -352,21 +369,20 @@ class Run:
         steps = -(-self.args.cache // 64)
         return tqdm(self.batches(self.train_data, 64, 0, steps), desc=what, total=steps)
 
-    def picks(self, captions, *tensors):
-        """A function that gives `fit` batches of what was computed once: rows of each tensor (N, ...), their captions."""
+    def picks(self, *tensors):
+        """A function that gives `fit` batches of what was computed once: rows of each tensor (N, ...)."""
         def batches(first, recipe):
             for step in range(first, recipe.steps):
-                rows = np.random.default_rng((self.args.seed, step)).integers(len(captions), size=recipe.batch)
-                yield *(x[rows].to(self.device) for x in tensors), [captions[i] for i in rows]
+                rows = np.random.default_rng((self.args.seed, step)).integers(len(tensors[0]), size=recipe.batch)
+                yield [x[rows].to(self.device) for x in tensors]
         return batches
 
     def examples(self, count=8):
         """The same few test pictures for every sheet."""
         return next(self.batches(self.test_data, count, 0, 1))
 
-    def tokens(self, captions, drop=0.0):
-        """ids and mask (B, L) of captions, each replaced by "" with probability `drop`."""
-        captions = ["" if drop and torch.rand(()) < drop else caption for caption in captions]
+    def tokens(self, captions):
+        """ids and mask (B, L)"""
         return [x.to(self.device) for x in self.model.tokenizer(captions)]
 
     def save_sheet(self, stage, step, rows, captions):
@@ -385,32 +401,48 @@ def update_average(average, network, step):
             old.copy_(new)
 
 
-def fit(run, stage, network, batches, loss_of, show):
+def make_optimizers(network, pace, muon):
+    """AdamW, as the authors have it. With `muon`, large matrices learn by Muon instead (Jordan et al., 2024), which
+    makes an update's every direction equally long: the same pictures teach stages B and C several times as much.
+    pace(name): what a parameter's learning rate is multiplied by."""
+    large = {m.weight for m in network.modules() if muon and isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
+    groups = {}
+    for name, p in network.named_parameters():
+        groups.setdefault((p in large, pace(name)), []).append(p)
+
+    def of(kind):
+        return [dict(params=params, pace=x) for (is_large, x), params in groups.items() if is_large == kind]
+
+    optimizers = [torch.optim.AdamW(of(False), betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    if large:  # steps as long as AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(of(True), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=True):
     """Trains `network` and returns its moving average.
 
     batches(first, recipe) yields batches from step `first` on; loss_of(network, batch, step) gives the loss and a dict
-    of numbers to log; show(average, step) saves a sheet, or measures. Ctrl-C saves a checkpoint, as do every
-    --save-every steps, and the next call goes on from it."""
+    of numbers to log; show(average, step) saves a sheet, or measures; pace and
+    muon as in `make_optimizers`. Ctrl-C saves a checkpoint, as do every --save-every steps, and the next
+    call goes on from it."""
     recipe, path = run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = copy.deepcopy(network).eval().requires_grad_(False)
     network.train()
-    # A code only has a gradient when it is chosen, and must keep up with latents that move: it learns faster.
-    codebook = [p for name, p in network.named_parameters() if name.endswith("codebook")]
-    rest = [p for name, p in network.named_parameters() if not name.endswith("codebook")]
-    groups = [dict(params=rest, scale=1), dict(params=codebook, scale=5)] if codebook else [dict(params=rest, scale=1)]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = make_optimizers(network, pace, muon)
     step, warm_up = 0, min(10_000, recipe.steps // 20 + 1)
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         step = state["step"]
         print(f"stage {stage}: going on from step {step}")
 
     def save():
-        state = dict(network=network.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
-                     step=step)
+        state = dict(network=network.state_dict(), average=average.state_dict(), step=step,
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
         torch.save(state, f"{path}.new")
         os.replace(f"{path}.new", path)  # a crash while writing leaves the old one whole
 
@@ -421,14 +453,16 @@ def fit(run, stage, network, batches, loss_of, show):
     for batch in batches(step, recipe):
         # Linear warm-up as the authors do; then a cosine down to 0, which a run of minutes needs more than theirs did.
         rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * rate * group["scale"]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * rate * group["pace"]
         with run.autocast():
             loss, numbers = loss_of(network, batch, step)
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
+        for optimizer in optimizers:
+            optimizer.step()
         update_average(average, network, step)
         step += 1
         bar.update()
@@ -465,22 +499,35 @@ def train_tokenizer(args, config, captions=20_000):
 
 
 def train_text(run):
-    """The text encoder, contrastively against an EfficientNet. (The authors take OpenCLIP's, trained just so.)"""
+    """The text encoder, contrastively against an EfficientNet. (The authors take OpenCLIP's, trained just so.)
+
+    Among random captions a list of the words suffices to find the right one, so nothing would be learned of which word
+    belongs to which (Yuksekgonul et al., 2023). Hence each caption's wrong twin joins them, the same words exchanged.
+    """
+    seed, side = run.args.seed, max(32, run.args.image_size // 2)  # small pictures will do
+
+    def compare(clip, images, captions, data, rng):
+        """-> logits (B, N) and ids (N, L) of the captions, then of the twins; the rows of pictures that have one"""
+        twins = [data.confuse(caption, rng) for caption in captions]
+        ids, mask = run.tokens(captions + [twin for twin in twins if twin])
+        return clip(resize(images, side, side), ids, mask), ids, [i for i, twin in enumerate(twins) if twin]
 
     def loss_of(clip, batch, step):
-        images, captions = batch
-        ids, mask = run.tokens(captions)
-        return contrastive_loss(clip(shrink(images), ids, mask), ids), {}
+        logits, ids, _ = compare(clip, *batch, run.train_data, np.random.default_rng((seed, step)))
+        return contrastive_loss(logits, ids), {}
 
     @torch.no_grad()
-    def accuracy(clip, step):
-        """Share of 128 pictures for which their own caption fits best."""
-        images, captions = run.examples(128)
-        ids, mask = run.tokens(captions)
-        best = clip(shrink(images), ids, mask).argmax(dim=1)
-        run.log(stage="text", step=step, accuracy=(ids[best] == ids).all(dim=1).float().mean().item())
+    def measure(clip, step):
+        """Of 256 test pictures: for what share their own caption fits best, and for what share better than its twin."""
+        logits, ids, rows = compare(clip, *run.examples(256), run.test_data, np.random.default_rng(seed))
+        best = logits[:, :256].argmax(dim=1)
+        numbers = dict(accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean().item())
+        if rows:
+            better = logits[rows, rows] > logits[rows, range(256, len(ids))]
+            numbers["twins_told_apart"] = better.float().mean().item()
+        run.log(stage="text", step=step, **numbers)
 
-    clip = fit(run, "text", CLIP(run.config).to(run.device), run.train_batches, loss_of, accuracy)
+    clip = fit(run, "text", CLIP(run.config).to(run.device), run.train_batches, loss_of, measure)
     run.model.text_b = clip.text
     run.model.compressor.backbone = clip.image  # where Stage B's compressor starts
 
@@ -516,7 +563,10 @@ def train_a(run):
         images, captions = run.examples()
         run.save_sheet("a", step, [images, network["a"](images)[0]], captions)
 
-    run.model.a = fit(run, "a", network.to(run.device), run.train_batches, loss_of, sheet)["a"]
+    # A code only has a gradient when it is chosen, and must keep up with latents that move: it learns faster.
+    average = fit(run, "a", network.to(run.device), run.train_batches, loss_of, sheet,
+                  pace=lambda name: 5 if name.endswith("codebook") else 1, muon=False)
+    run.model.a = average["a"]
     measure_a(run)
 
 
@@ -551,17 +601,16 @@ def measure_a(run):
 def train_b(run):
     """Stage B, and the semantic compressor with it: what the compressor keeps is what helps B to draw."""
     model = run.model
-    small, latents, captions = frozen_latents(run)
+    tensors, nothing = frozen_latents(run)
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_of(network, batch, step):
-        small, latents, captions = batch
-        with torch.no_grad():
-            text = model.text_b(*run.tokens(captions, drop=0.05))
+        small, latents, text = batch
+        text = torch.where(chance(0.05, text), nothing, text).float()  # learns to do without a caption
         semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
         # 5 % of the semantic latents are zeroed, 30 % of the others noised.
-        n = len(captions)
+        n = len(small)
         noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(n, device=run.device) / 2)
         semantic = torch.where(chance(0.3, semantic), noised, semantic)
         semantic = torch.where(chance(0.05, semantic), 0, semantic)
@@ -575,21 +624,22 @@ def train_b(run):
         images, captions = run.examples()
         run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
 
-    average = fit(run, "b", network, run.picks(captions, small, latents), loss_of, sheet)
+    average = fit(run, "b", network, run.picks(*tensors), loss_of, sheet)
     model.compressor, model.b = average["compressor"], average["b"]
 
 
 @torch.no_grad()
 def frozen_latents(run):
-    """What Stage B learns from. Stage A no longer changes, so its part is computed once.
-    -> pictures as the compressor takes them (N, 3H/4, 3W/4, 3) uint8, A's latents (N, H/4, W/4, 4) float16, captions"""
-    small, latents, captions = [], [], []
-    for images, batch in run.cached("latents of Stage A"):
+    """What Stage B learns from. Stage A and the text encoder no longer change, so their part is computed once.
+    -> pictures as the compressor takes them (N, 3H/4, 3W/4, 3) uint8, A's latents (N, H/4, W/4, 4) and captions
+    (N, L, width) float16; and the empty caption (L, width)"""
+    small, latents, text = [], [], []
+    for images, captions in run.cached("latents of Stage A"):
         with run.autocast():
             latents.append(run.model.a.encode(images).half().cpu())
+            text.append(run.model.text_b(*run.tokens(captions)).half().cpu())
         small.append((shrink(images).clamp(0, 1) * 255).round().byte().cpu())
-        captions += batch
-    return torch.cat(small), torch.cat(latents), captions
+    return [torch.cat(x) for x in (small, latents, text)], run.model.text_b(*run.tokens([""])).half()
 
 
 def train_c(run):
@@ -602,10 +652,12 @@ def train_c(run):
     semantic = (semantic - model.c.latent_mean) / model.c.latent_std
 
     network = nn.ModuleDict(dict(text=copy.deepcopy(model.text_b), c=model.c))
+    no_ids, no_mask = run.tokens([""])
 
     def loss_of(network, batch, step):
-        x, captions = batch
-        text = network["text"](*run.tokens(captions, drop=0.05))
+        x, ids, mask = batch
+        drop = chance(0.05, ids)
+        text = network["text"](torch.where(drop, no_ids, ids), torch.where(drop, no_mask, mask))
         t, noise = training_times(len(x), run.device), torch.randn_like(x)
         return diffusion_loss(noise, network["c"](add_noise(x, noise, t), t, text), t), {}
 
@@ -614,7 +666,8 @@ def train_c(run):
         images, captions = run.examples()
         run.save_sheet("c", step, [images, model.generate(captions, seed=0)], captions)
 
-    average = fit(run, "c", network, run.picks(captions, semantic), loss_of, sheet)
+    average = fit(run, "c", network, run.picks(semantic, *run.tokens(captions)), loss_of, sheet,
+                  pace=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
     model.text, model.c = average["text"], average["c"]
 
 
@@ -637,8 +690,8 @@ def semantic_latents(run):
 
 
 def chance(probability, x):
-    """True with this probability for each row of x (B, H, W, C) -> (B, 1, 1, 1)"""
-    return torch.rand(len(x), 1, 1, 1, device=x.device) < probability
+    """True with this probability for each row of x (B, ...) -> (B, 1, ...)"""
+    return torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < probability
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -231,11 +231,13 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
-        # The L2 norm by hand, in float32 as half precision would overflow: on a CPU much faster than torch.linalg's.
+        # The L2 norm by hand: on a CPU much faster than torch.linalg's. Squares stay in bfloat16 and are summed in
+        # float32, which spares a copy of the largest activations there are; float16's range is too small for that.
         # The 1e-12 keeps the gradient of the root finite where a channel is silent.
-        energy = (x.float().square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
+        wide = x.float() if x.dtype == torch.float16 else x
+        energy = ((wide * wide).sum(dim=(1, 2), keepdim=True).float() + 1e-12).sqrt()
         energy = energy / (energy.mean(dim=-1, keepdim=True) + 1e-6)
-        return x * (1 + self.gamma * energy).to(x.dtype) + self.beta.to(x.dtype)
+        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * energy).to(x.dtype))
 
 
 class ResBlock(nn.Module):
@@ -398,7 +400,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, images, ids, mask):
-        """images (B, H, W, 3) in [0, 1], ids and mask (B, L) -> logits (B, B): row i, how well picture i fits each
+        """images (B, H, W, 3) in [0, 1], ids and mask (N, L) -> logits (B, N): row i, how well picture i fits each
         caption"""
         end = mask.sum(dim=1) - 1  # the end token has read the whole caption
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
@@ -410,10 +412,11 @@ class CLIP(nn.Module):
 
 def contrastive_loss(logits, ids):
     """CLIP's symmetric cross-entropy, where captions that are equal within the batch all count as right.
-    logits (B, B), ids (B, L) -> scalar"""
-    same = (ids[:, None] == ids[None]).all(dim=-1).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    logits (B, N), ids (N, L): the first B captions are the pictures', any others fit none of them -> scalar"""
+    same = (ids[: len(logits), None] == ids[None]).all(dim=-1).float()
+    of_picture = same / same.sum(dim=1, keepdim=True)
+    of_caption = same[:, : len(logits)] / same[:, : len(logits)].sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, of_picture) + F.cross_entropy(logits[:, : len(logits)].T, of_caption)) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

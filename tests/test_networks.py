@@ -168,6 +168,11 @@ def test_contrastive_loss_by_hand():
     same = torch.tensor([[1, 2], [1, 2]])
     assert contrastive_loss(torch.zeros(2, 2), same).item() == pytest.approx(math.log(2), abs=1e-6)
     assert contrastive_loss(logits, same) > math.log(2)
+    # A third caption, no picture's own, only makes the rows harder: log-sum-exp over three.
+    more = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    rows3 = (math.log(math.exp(2) + 1 + math.e) - 2 + math.log(1 + math.e + math.exp(3)) - 1) / 2
+    assert contrastive_loss(more, torch.tensor([[1, 2], [3, 4], [5, 6]])).item() == pytest.approx((rows3 + rows) / 2,
+                                                                                                 abs=1e-6)
 
 
 def networks():

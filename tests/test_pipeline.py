@@ -47,6 +47,19 @@ def test_all_stages_leave_what_they_promise(run):
     assert all(np.isfinite(value) for row in rows for key, value in row.items() if key != "stage")
 
 
+def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
+    model = Wuerstchen(PRESETS["tiny"], None)
+    network = torch.nn.ModuleDict(dict(text=model.text, c=model.c))
+    adamw, muon = train.make_optimizers(network, lambda name: 0.1 if name.startswith("text") else 1, muon=True)
+    shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
+    assert len(shared) == len(set(shared)) == len(list(network.parameters()))
+    matrices = {p: group["pace"] for group in muon.param_groups for p in group["params"]}
+    assert matrices[model.c.blocks[0].expand.weight] == 1 and matrices[model.text.layers[0].project.weight] == 0.1
+    assert not {model.text.tokens.weight, model.text.positions, model.c.embed.weight, model.c.out.weight,
+                model.c.blocks[0].depthwise.weight, model.c.blocks[0].expand.bias} & set(matrices)
+    assert len(train.make_optimizers(network, lambda name: 1, muon=False)) == 1
+
+
 def test_all_skips_what_is_finished(run, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.glob("*.pt")}
     train.main(["--run", str(run), *SMALL])

@@ -40,6 +40,27 @@ def test_splits_are_disjoint_and_the_held_out_pairs_stay_out():
     assert len({c for c, _ in HELD_OUT}) == len({s for _, s in HELD_OUT}) == len(HELD_OUT) == 5
 
 
+def test_a_confused_caption_has_the_same_words_and_is_wrong():
+    for split in SPLITS:
+        data, rng = Shapes(split=split), np.random.default_rng(0)
+        for i in range(60):
+            picture, caption = data[i]
+            twin = data.confuse(caption, rng)
+            if len(parse(caption).objects) == 1:
+                assert twin is None
+            elif twin:
+                words = [" ".join(sorted(c.replace("an ", "a ").split())) for c in (caption, twin)]
+                assert words[0] == words[1] and twin != caption and split_of(parse(twin)) in ("train", split)
+                assert not whole(check(picture, twin))
+    # It exchanges everything that can be exchanged, and nothing held out comes of it.
+    caption, rng = "a small blue square above a big pink cross", np.random.default_rng(0)
+    assert {Shapes().confuse(caption, rng) for _ in range(60)} == {
+        "a big pink cross above a small blue square", "a big blue square above a small pink cross",
+        "a small pink square above a big blue cross", "a small blue cross above a big pink square"}
+    assert {Shapes().confuse("a yellow circle above a blue square", rng) for _ in range(60)} == {
+        "a blue square above a yellow circle"} | {None}  # "yellow square" is held out
+
+
 def test_shares_of_captions():
     scenes = [parse(Shapes(seed=2).caption(i)) for i in range(3000)]
     # Above the 40 % drawn: captions of two objects have a held-out pair oftener, and those are left out.
