@@ -324,15 +324,15 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(1800, 32, 2e-3),
-                 c=Recipe(600, 128, 4e-3)),
+    "tiny": dict(text=Recipe(500, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(2050, 32, 3e-3),
+                 c=Recipe(450, 128, 4e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
                c=Recipe(900_000, 1280, 1e-4)),
 }
 # Pictures that stages B and C learn from, where --cache doesn't say: about as many as fit a usual memory.
-CACHE = {"tiny": 8192, "small": 50_000, "v2": 8192}
+CACHE = {"tiny": 16_384, "small": 50_000, "v2": 8192}
 
 
 class Run:
