@@ -1,12 +1,14 @@
 """
 Trains Würstchen from nothing, stage by stage:
 
-    python train.py                                      everything: Shapes, 128 px, about ten minutes on two CPU cores
+    python train.py                                      everything: Shapes, 128 px, a quarter of an hour on two CPU cores
     python train.py --data cifar10 --data-dir DIR --image-size 64 --run runs/cifar
     python train.py c --steps 5000                       one stage again, longer
 
 The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
 Stage C on the compressor's latents. Stage B reads the text encoder as it is; Stage C goes on training its own copy.
+Not the authors', but what lets it learn in minutes: captions' wrong twins in the contrastive training, the optimizer
+Muon, and a cosine for the learning rate.
 What a run leaves in its folder:
 
     config.json, tokenizer/     sizes and vocabulary
@@ -403,8 +405,8 @@ def update_average(average, network, step):
 
 def make_optimizers(network, pace, muon):
     """AdamW, as the authors have it. With `muon`, large matrices learn by Muon instead (Jordan et al., 2024), which
-    makes an update's every direction equally long: the same pictures teach stages B and C several times as much.
-    pace(name): what a parameter's learning rate is multiplied by."""
+    makes all directions of an update equally long: stages B and C then need far fewer pictures. pace(name): what a
+    parameter's learning rate is multiplied by."""
     large = {m.weight for m in network.modules() if muon and isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
     groups = {}
     for name, p in network.named_parameters():
@@ -423,9 +425,8 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
     """Trains `network` and returns its moving average.
 
     batches(first, recipe) yields batches from step `first` on; loss_of(network, batch, step) gives the loss and a dict
-    of numbers to log; show(average, step) saves a sheet, or measures; pace and
-    muon as in `make_optimizers`. Ctrl-C saves a checkpoint, as do every --save-every steps, and the next
-    call goes on from it."""
+    of numbers to log; show(average, step) saves a sheet, or measures; pace and muon as in `make_optimizers`. Ctrl-C
+    saves a checkpoint, as do every --save-every steps, and the next call goes on from it."""
     recipe, path = run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = copy.deepcopy(network).eval().requires_grad_(False)
     network.train()
