@@ -1,7 +1,7 @@
 """
 Trains Würstchen from nothing, stage by stage:
 
-    python train.py                                      everything: Shapes, 128 px, a quarter of an hour on two CPU cores
+    python train.py                                      everything: Shapes, 128 px; under 15 minutes on two CPU cores
     python train.py --data cifar10 --data-dir DIR --image-size 64 --run runs/cifar
     python train.py c --steps 5000                       one stage again, longer
 
@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tarfile
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 from tokenizer import Tokenizer
 from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, codebook_usage, contrastive_loss,
-                        diffusion_loss, resize, save_config, shrink, training_times)
+                        diffusion_loss, resize, save_config, save_whole, shrink, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
@@ -326,8 +327,8 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 1e-3), a=Recipe(400, 32, 4e-3), b=Recipe(2050, 32, 3e-3),
-                 c=Recipe(450, 128, 4e-3)),
+    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(400, 32, 4e-3), b=Recipe(2000, 32, 1.2e-3),
+                 c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
@@ -359,7 +360,7 @@ class Run:
     def batches(self, data, batch, first, steps):
         """Batches number `first` to `steps` - 1 of a data set: images (B, H, W, 3) in [0, 1], B captions"""
         loader = DataLoader(data, batch, sampler=range(first * batch, steps * batch), collate_fn=collate,
-                            num_workers=self.args.workers)
+                            num_workers=self.args.workers, generator=torch.Generator())  # not from the global one
         for images, captions in loader:
             yield images.to(self.device) / 255, captions
 
@@ -403,6 +404,17 @@ def update_average(average, network, step):
             old.copy_(new)
 
 
+def random_state():
+    """Of all generators that training draws from. Data comes by index and needs none."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(states):
+    torch.set_rng_state(states[0].cpu())
+    if len(states) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+
+
 def make_optimizers(network, pace, muon):
     """AdamW, as the authors have it. With `muon`, large matrices learn by Muon instead (Jordan et al., 2024), which
     makes all directions of an update equally long: stages B and C then need far fewer pictures. pace(name): what a
@@ -412,12 +424,12 @@ def make_optimizers(network, pace, muon):
     for name, p in network.named_parameters():
         groups.setdefault((p in large, pace(name)), []).append(p)
 
-    def of(kind):
-        return [dict(params=params, pace=x) for (is_large, x), params in groups.items() if is_large == kind]
+    def of(kind, factor):
+        return [dict(params=params, pace=factor * x) for (is_large, x), params in groups.items() if is_large == kind]
 
-    optimizers = [torch.optim.AdamW(of(False), betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
-    if large:  # steps as long as AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(of(True), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    optimizers = [torch.optim.AdamW(of(False, 1), betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    if large:  # its steps are scaled to be as long as AdamW's, and can be three times longer
+        optimizers.append(torch.optim.Muon(of(True, 3), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -439,16 +451,16 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
         for optimizer, kept in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
         step = state["step"]
+        set_random_state(state["random"])
         print(f"stage {stage}: going on from step {step}")
 
     def save():
-        state = dict(network=network.state_dict(), average=average.state_dict(), step=step,
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
-        torch.save(state, f"{path}.new")
-        os.replace(f"{path}.new", path)  # a crash while writing leaves the old one whole
+        save_whole(path, dict(network=network.state_dict(), average=average.state_dict(), step=step,
+                              optimizers=[optimizer.state_dict() for optimizer in optimizers], random=random_state()))
 
-    stop = []  # Ctrl-C lets the step under way end first
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    stop = []  # Ctrl-C or a polite kill: the step under way ends first
+    before = {number: signal.signal(number, lambda number, _: stop.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     start, first = time.time(), step
     bar = tqdm(total=recipe.steps, initial=step, desc=f"stage {stage}" if len(stage) == 1 else stage, unit="step")
     for batch in batches(step, recipe):
@@ -478,10 +490,12 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
             save()
         if stop:
             bar.close()
-            sys.exit(f"stopped in stage {stage} after step {step} of {recipe.steps}: "
-                     "the same command goes on from there")
+            print(f"stopped in stage {stage} after step {step} of {recipe.steps}; to go on from there: "
+                  f"{shlex.join(['python', *sys.argv])}", file=sys.stderr)
+            sys.exit(128 + stop[0])
     bar.close()
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return average
 
 
@@ -539,12 +553,13 @@ def train_a(run):
     cfg, steps, side = run.config.a, run.recipe("a").steps, max(32, run.args.image_size // 2)
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
+    network.register_buffer("idle", torch.full((cfg.codebook_size,), math.inf))  # in the checkpoint, not in a.pt
 
     def loss_of(network, batch, step):
         vqgan, discriminator = network["a"], network["discriminator"]
         images = crop(batch[0], side)
         reconstruction, latents, codes, vq_loss = vqgan(images)
-        revived = vqgan.quantizer.revive(latents, codes, patience=50, fresh=step == 0)
+        revived = vqgan.quantizer.revive(latents, codes, network.idle, patience=50)
         mse = F.mse_loss(reconstruction, images)
         loss = mse + F.l1_loss(reconstruction, images) + vq_loss
         numbers = dict(mse=mse, vq_loss=vq_loss, revived=revived)
@@ -591,9 +606,9 @@ def measure_a(run):
         deviation.append(latents.std())
     psnr, psnr_unquantized = (-10 * torch.cat(errors, dim=1).log10()).mean(dim=1).tolist()
     usage, perplexity = codebook_usage(torch.cat(codes), run.config.a.codebook_size)
-    # Half as much again as the deviation: the noise then hides large flat shapes long enough for B to ask the semantic
-    # latents where they are.
-    run.model.a.scale.fill_(1.5 * torch.stack(deviation).mean())
+    # 2.5 times the deviation, and large flat shapes hide in the noise long enough for B to ask the semantic latents
+    # where they are.
+    run.model.a.scale.fill_(2.5 * torch.stack(deviation).mean())
     run.log(stage="a", psnr=psnr, psnr_unquantized=psnr_unquantized, codebook_usage=usage, perplexity=perplexity)
     print(f"stage A: PSNR {psnr:.1f} dB ({psnr_unquantized:.1f} without the quantizer), "
           f"{usage:.0%} of the codebook in use, perplexity {perplexity:.0f}")
@@ -644,8 +659,8 @@ def frozen_latents(run):
 
 
 def train_c(run):
-    """Stage C, on semantic latents computed once. The text encoder is trained with it: a frozen one, having only learned
-    to tell captions apart, says too little about which object is which."""
+    """Stage C, on semantic latents computed once. Its text encoder is trained with it: with a frozen one, fewer captions
+    come out right."""
     model = run.model
     semantic, captions = semantic_latents(run)
     model.c.latent_mean.copy_(semantic.mean(dim=(0, 1, 2)))
@@ -686,7 +701,7 @@ def semantic_latents(run):
             semantic.append(run.model.compress(images))
         captions += batch
     semantic = torch.cat(semantic)
-    torch.save(dict(semantic=semantic, captions=captions), path)
+    save_whole(path, dict(semantic=semantic, captions=captions))
     return semantic, captions
 
 

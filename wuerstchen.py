@@ -31,6 +31,7 @@ What is notable:
 import json
 import math
 import mmap
+import os
 import pickle
 import re
 from contextlib import contextmanager, nullcontext
@@ -453,7 +454,6 @@ class Quantizer(nn.Module):
         super().__init__()
         start = 1 / codebook_size
         self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-start, start))
-        self.idle = None  # steps since each code was last the nearest of any latent; only training looks at it
 
     def forward(self, x):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar, codebook + 0.25·commitment"""
@@ -466,17 +466,17 @@ class Quantizer(nn.Module):
         return x + (quantized - x).detach(), codes, loss
 
     @torch.no_grad()
-    def revive(self, x, codes, patience, fresh=True):
+    def revive(self, x, codes, idle, patience):
         """Moves every code that nothing has chosen for `patience` steps onto a random latent of this batch, so that
-        the codebook can't collapse. x (B, h, w, C), codes (B, h, w) -> how many were moved"""
-        if self.idle is None:  # inf: the first batch of a fresh codebook places all codes among its latents
-            self.idle = torch.full((len(self.codebook),), math.inf if fresh else 0.0, device=x.device)
-        self.idle += 1
-        self.idle[codes.unique()] = 0
-        dead = (self.idle >= patience).nonzero()[:, 0]
+        the codebook can't collapse. x (B, h, w, C), codes (B, h, w); idle (codebook_size,): steps since each code was
+        last chosen, kept up here; begun with inf, the first batch places all codes among its latents -> how many were
+        moved"""
+        idle += 1
+        idle[codes.unique()] = 0
+        dead = (idle >= patience).nonzero()[:, 0]
         flat = x.detach().float().reshape(-1, x.shape[-1])
         self.codebook[dead] = flat[torch.randint(len(flat), (len(dead),), device=x.device)]
-        self.idle[dead] = 0
+        idle[dead] = 0
         return len(dead)
 
 
@@ -920,6 +920,15 @@ def save_config(folder, config, tokenizer):
     tokenizer.save(folder / "tokenizer")
 
 
+def save_whole(path, state):
+    """torch.save, so that a crash at any moment leaves the old file or the new one, whole."""
+    with open(f"{path}.new", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+
 class Wuerstchen(nn.Module):
     """The whole system: a caption's text, Stage C, Stage B and Stage A's decoder draw a picture."""
 
@@ -1032,9 +1041,7 @@ class Wuerstchen(nn.Module):
     def save_stage(self, folder, stage):
         """Writes one stage's networks to <stage>.pt."""
         weights = {name: getattr(self, name).state_dict() for name in STAGES[stage] if getattr(self, name) is not None}
-        path = Path(folder) / f"{stage}.pt"
-        torch.save(weights, f"{path}.new")
-        Path(f"{path}.new").replace(path)  # a crash while writing leaves no half a stage
+        save_whole(Path(folder) / f"{stage}.pt", weights)
 
     def save(self, folder):
         """Writes everything that `load` reads: config.json, tokenizer/ and a file a stage. ValueError where weights are

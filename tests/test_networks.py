@@ -261,20 +261,14 @@ def test_codebook_usage_by_hand():
 
 
 def test_dead_codes_are_revived():
-    quantizer = Quantizer(16, 2)
+    quantizer, idle = Quantizer(16, 2), torch.full((16,), math.inf)
     quantizer.codebook.data[1:] += 100  # out of reach: only code 0 is ever nearest
     x = torch.randn(1, 8, 8, 2)
     assert codebook_usage(quantizer(x)[1], 16)[0] == 1 / 16
-    assert quantizer.revive(x, quantizer(x)[1], patience=3) == 15  # the first batch places them all
+    assert quantizer.revive(x, quantizer(x)[1], idle, patience=3) == 15  # the first batch places them all
     assert codebook_usage(quantizer(x)[1], 16)[0] > 0.9
     quantizer.codebook.data[1:] += 100
-    assert [quantizer.revive(x, quantizer(x)[1], patience=3) for _ in range(4)] == [0, 0, 15, 0]
-
-
-def test_after_a_resume_the_codebook_stays():
-    quantizer, x = Quantizer(16, 4), torch.randn(1, 2, 2, 4)
-    assert quantizer.revive(x, quantizer(x)[1], patience=3, fresh=False) == 0
-    assert [quantizer.revive(x, quantizer(x)[1], patience=3) > 0 for _ in range(2)] == [False, True]
+    assert [quantizer.revive(x, quantizer(x)[1], idle, patience=3) for _ in range(4)] == [0, 0, 15, 0]
 
 
 def test_nearest_codes_are_found_in_float32():

@@ -1,5 +1,6 @@
 """From nothing to pictures, at a size smaller than tiny; and what happens when something is wrong."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
     shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
     assert len(shared) == len(set(shared)) == len(list(network.parameters()))
     matrices = {p: group["pace"] for group in muon.param_groups for p in group["params"]}
-    assert matrices[model.c.blocks[0].expand.weight] == 1 and matrices[model.text.layers[0].project.weight] == 0.1
+    assert matrices[model.c.blocks[0].expand.weight] == 3
+    assert matrices[model.text.layers[0].project.weight] == pytest.approx(0.3)
     assert not {model.text.tokens.weight, model.text.positions, model.c.embed.weight, model.c.out.weight,
                 model.c.blocks[0].depthwise.weight, model.c.blocks[0].expand.bias} & set(matrices)
     assert len(train.make_optimizers(network, lambda name: 1, muon=False)) == 1
@@ -140,8 +142,9 @@ def test_crops_lie_on_the_grid_of_stage_a():
     assert train.crop(images, 16).shape == (2, 16, 16, 1)
 
 
-def test_interrupted_training_goes_on(run, tmp_path):
-    """Ctrl-C saves; the same command goes on from the step it stopped at, with none left out or done twice."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_goes_on(run, tmp_path, number):
+    """Ctrl-C and a polite kill save and say how to go on: from the step they stopped at, none left out, none twice."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("config.json", "options.json"):
@@ -153,15 +156,46 @@ def test_interrupted_training_goes_on(run, tmp_path):
     deadline = time.time() + 60
     while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.time() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode != 0 and "Traceback" not in errors and "goes on from there" in errors
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert f"to go on from there: python train.py text --run {folder} --steps 60" in errors
     stopped = metrics(folder)[-1]["step"]
     assert (folder / "text.ckpt").exists() and 3 <= stopped < 60
     finished = run_script(*command)
     assert finished.returncode == 0 and f"going on from step {stopped}" in finished.stdout
     steps = [row["step"] for row in metrics(folder) if "loss" in row]
     assert steps == list(range(1, 61))
+
+
+@pytest.mark.parametrize("stage", ["text", "a", "b", "c"])
+def test_a_killed_run_that_goes_on_ends_in_the_same_weights(run, tmp_path, stage, monkeypatch):
+    def folder(name):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        (copy / f"{stage}.pt").unlink()
+        return copy
+
+    def go(folder):
+        train.main([stage, "--run", str(folder), "--steps", "7", "--batch-size", "4", "--cache", "32", "--save-every",
+                    "3", "--precision", "float32"])
+        return torch.load(folder / f"{stage}.pt", weights_only=True)
+
+    whole, average = go(folder("whole")), train.update_average
+    killed = folder("killed")
+    for last in (4, 5):  # dies twice after the checkpoint of step 3, without a chance to save
+        def die(network_average, network, step):
+            if step == last:
+                raise RuntimeError("killed")
+            average(network_average, network, step)
+        monkeypatch.setattr(train, "update_average", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            go(killed)
+    monkeypatch.setattr(train, "update_average", average)
+    again = go(killed)
+    for network in whole:
+        for name in whole[network]:
+            assert torch.equal(whole[network][name], again[network][name]), f"{network}.{name}"
 
 
 def make_cifar(folder, count=50):
