@@ -664,7 +664,7 @@ def train_c(run):
     model = run.model
     semantic, captions = semantic_latents(run)
     model.c.latent_mean.copy_(semantic.mean(dim=(0, 1, 2)))
-    model.c.latent_std.copy_(semantic.std(dim=(0, 1, 2)))
+    model.c.latent_std.copy_(semantic.std(dim=(0, 1, 2)).clamp(min=1e-3))  # early on, a channel may be constant
     semantic = (semantic - model.c.latent_mean) / model.c.latent_std
 
     network = nn.ModuleDict(dict(text=copy.deepcopy(model.text_b), c=model.c))
