@@ -24,29 +24,47 @@ Read it from top to bottom: the data sets, sheets of pictures, the training loop
 
 import argparse
 import copy
+import csv
+import hashlib
+import http.client
+import io
+import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
+import urllib.request
+import warnings
 import zlib
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import nn
-from torch.utils.data import DataLoader
+from PIL import Image, ImageDraw, ImageOps
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_json
 from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, codebook_usage, contrastive_loss,
                         diffusion_loss, resize, save_config, save_whole, shrink, training_times)
 
@@ -181,6 +199,8 @@ class Shapes:
     split: "train"; "test", captions never trained on; "heldout", captions with a pair of HELD_OUT.
     """
 
+    skipped = []  # as of other data sets; here there are no bad pictures
+
     def __init__(self, size=128, seed=0, split="train"):
         if split not in SPLITS:
             raise ValueError(f"split is one of {SPLITS}, not {split!r}")
@@ -195,6 +215,9 @@ class Shapes:
 
     def caption(self, index):
         return self.start(index)[0]
+
+    def captions(self, count):
+        return map(self.caption, range(count))
 
     def __getitem__(self, index):
         caption, rng = self.start(index)
@@ -214,78 +237,434 @@ class Shapes:
         return wrong.caption() if split_of(wrong) in ("train", self.split) else None
 
 
-CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR_TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets on disk. A source is finite: len(source), name(i), caption(i, rng), open(i) -> PIL image. It may raise
+# whatever it likes for a bad picture: `Pictures`, which makes a source endless, skips it and keeps account.
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
+CIFAR = {  # folder and archive, its MD5, bytes of labels before the pixels (the last is meant), names of the labels
+    "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", 1,
+                "batches.meta.txt"),
+    "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 2,
+                 "fine_label_names.txt"),
+}
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+warnings.filterwarnings("ignore", module="PIL")  # what can't be read is named, the rest is read
 
 
-class Cifar10:
-    """CIFAR-10's binary version: a folder that holds cifar-10-batches-bin/, or that folder, or its .tar.gz. A record is
-    the label and 32x32 red, green and blue values, 3,073 bytes. FileNotFoundError or ValueError says what is wrong."""
+def in_split(names, split):
+    """The names (sorted) of a data set that has no splits of its own which belong to one: the first and, by a hash of
+    the name, one in sixteen are kept for testing, so that a picture stays where it is when others join."""
+    return [name for i, name in enumerate(names)
+            if (i == 0 or zlib.crc32(name.encode()) % 16 == 0) == (split == "test")]
 
-    def __init__(self, folder, size=32, seed=0, split="train"):
-        names = re.compile(r"data_batch_\d\.bin" if split == "train" else r"test_batch\.bin")
-        path = Path(folder)
-        if not path.exists():
-            raise FileNotFoundError(f"no such data folder: {path}")
-        archive = path if path.is_file() else next(iter(sorted(path.glob("cifar-10*.tar.gz"))), None)
-        found = sorted(p for p in [*path.glob("*.bin"), *path.glob("cifar-10-batches-bin/*.bin")]
-                       if names.fullmatch(p.name))
-        if found:
-            parts = {p: p.read_bytes() for p in found}
-        elif archive:
-            try:
-                with tarfile.open(archive) as tar:
-                    parts = {m.name: tar.extractfile(m).read() for m in tar if names.fullmatch(Path(m.name).name)}
-            except (tarfile.TarError, EOFError, OSError, zlib.error):
-                raise ValueError(f"{archive} is not CIFAR-10's .tar.gz, or is damaged") from None
-        else:
-            parts = {}
-        if not parts:
-            raise FileNotFoundError(f"no CIFAR-10 binary version (cifar-10-batches-bin/, {names.pattern}) in {path}")
-        for name, part in parts.items():
-            if not part or len(part) % 3073:
-                raise ValueError(f"{name} is not CIFAR-10: {len(part)} bytes are no multiple of 3073")
-        records = np.concatenate([np.frombuffer(part, np.uint8).reshape(-1, 3073) for part in parts.values()])
-        if records[:, 0].max() > 9:
-            raise ValueError(f"{path} is not CIFAR-10: a label is {records[:, 0].max()}, not 0 to 9")
-        self.labels, self.pixels = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        self.size, self.seed = size, seed
+
+class Cifar:
+    """CIFAR-10 or CIFAR-100, binary version: a folder that holds cifar-10-batches-bin/ or cifar-100-binary/, or that
+    folder, or the .tar.gz, which is unpacked beside itself. A record is its labels, then 32x32 red, green and blue
+    values. FileNotFoundError or ValueError says what is wrong."""
+
+    def __init__(self, place, split, data="cifar10"):
+        folder, archive, _, labels, names = CIFAR[data]
+        place = Path(place)
+        if not place.exists():
+            raise FileNotFoundError(f"no such data folder: {place}")
+        places = (place, place / folder, place.parent / folder)
+        inside = next((path for path in places if (path / names).exists()), None)
+        if not inside and (place.is_file() or (place / archive).exists()):
+            inside = unpack(place if place.is_file() else place / archive, folder)
+        pattern = re.compile(r"(data_batch_\d|train)\.bin" if split == "train" else r"test(_batch)?\.bin")
+        files = sorted(path for path in inside.glob("*.bin") if pattern.fullmatch(path.name)) if inside else []
+        if not files:
+            raise FileNotFoundError(f"no {data} in {place}: {folder}/ with {names} and {pattern.pattern}")
+        self.names = (inside / names).read_text().split()
+        self.records, self.labels = [], labels
+        for path in files:
+            if not path.stat().st_size or path.stat().st_size % (labels + 3072):
+                raise ValueError(f"{path} is not {data}: its size is no multiple of {labels + 3072} bytes")
+            # Views into the files: what isn't looked at needs no memory.
+            self.records += list(np.asarray(np.memmap(path, np.uint8, "r")).reshape(-1, labels + 3072))
+        if (worst := max(record[labels - 1] for record in self.records)) >= len(self.names):
+            raise ValueError(f"{place} is not {data}: a label is {worst}, but {names} has {len(self.names)} names")
+
+    def __len__(self):
+        return len(self.records)
+
+    def name(self, i):
+        return f"record {i}"
+
+    def caption(self, i, rng):
+        name = self.names[self.records[i][self.labels - 1]].replace("_", " ")
+        text = TEMPLATES[rng.integers(len(TEMPLATES))].format(name)
+        return text.replace(f"a {name}", f"an {name}") if name[0] in "aeiou" else text
+
+    def open(self, i):
+        return Image.fromarray(self.records[i][self.labels:].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def unpack(archive, folder):
+    """Unpacks one folder of a .tar.gz beside it, all or nothing -> its path. ValueError for a damaged archive and for
+    one with a member that would leave the place (tarfile's "data" filter refuses it)."""
+    print(f"unpacking {archive}")
+    with tempfile.TemporaryDirectory(dir=archive.parent) as place:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(place, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise ValueError(f"{archive} can't be unpacked: {why(error)}") from None
+        if not (Path(place) / folder).is_dir():
+            raise ValueError(f"{archive} holds no {folder}/")
+        return (Path(place) / folder).rename(archive.parent / folder)
+
+
+def download(url, path, md5):
+    """Fetches a file, or the rest of it if an earlier try broke off, and checks its MD5. ValueError if that differs,
+    OSError if the connection breaks: the same command goes on from there."""
+    part = Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            have = have if answer.status == 206 else 0  # a server that can't go on begins again
+            left = int(answer.headers.get("Content-Length") or 0)
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    total=have + left, initial=have, desc=path.name, unit="B", unit_scale=True) as bar:
+                while block := answer.read(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+        have = part.stat().st_size - have
+        if have < left:
+            raise OSError(f"{left - have} bytes are missing")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing is left to fetch
+            raise OSError(f"{url}: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: {error}; the same command goes on from here") from None
+    with open(part, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        part.unlink()
+        raise ValueError(f"{url}: its MD5 is {found}, not {md5}; what came is deleted")
+    part.rename(path)
+
+
+def fetch_cifar(data, folder):
+    """CIFAR's archive into a folder, if it isn't there."""
+    _, archive, md5, *_ = CIFAR[data]
+    if not (folder / archive).exists():
+        download(CIFAR_URL + archive, folder / archive, md5)
+
+
+class Coco:
+    """MS COCO: annotations/captions_*.json and the folders of pictures, train2017/ and so on, or a part of them. Files
+    of a validation split (captions_val*.json) are for testing, if there are any."""
+
+    def __init__(self, folder, split):
+        folder = Path(folder)
+        files = sorted(folder.glob("annotations/captions_*.json"))
+        if not files:
+            raise FileNotFoundError(f"no annotations/captions_*.json in {folder}")
+        own = {"test": [f for f in files if "val" in f.name], "train": [f for f in files if "val" not in f.name]}
+        captions = {}
+        for file in own[split] if all(own.values()) else files:
+            pictures = folder / file.stem.removeprefix("captions_")
+            there = set(os.listdir(pictures)) if pictures.is_dir() else ()
+            listed = read_json(file)
+            names = {image["id"]: f"{pictures.name}/{image['file_name']}" for image in listed["images"]
+                     if image["file_name"] in there}
+            for note in listed["annotations"]:
+                if note["image_id"] in names:
+                    captions.setdefault(names[note["image_id"]], []).append(" ".join(note["caption"].split()))
+        names = sorted(captions)
+        if not names:
+            raise FileNotFoundError(f"none of the pictures named in {files[0]} is in {folder}")
+        self.names = names if all(own.values()) else in_split(names, split)
+        self.captions = ["\n".join(captions[name]) for name in self.names]  # one string takes less memory than five
+        self.folder = folder
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i]
+
+    def caption(self, i, rng):
+        return rng.choice(self.captions[i].split("\n"))
+
+    def open(self, i):
+        return Image.open(self.folder / self.names[i])
+
+
+class Folder:
+    """Pictures in a folder and in those within it. A caption is in the .txt of the same name (a line each, if there are
+    several), or in a metadata.jsonl (file_name, text) or captions.csv or .tsv (file name, caption) that lies beside the
+    picture or above it."""
+
+    def __init__(self, folder, split):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no such data folder: {folder}")
+        found, captions = [], {}
+        for place, _, files in os.walk(folder):
+            place = os.path.relpath(place, folder)
+            found += [os.path.normpath(os.path.join(place, f)) for f in files if f.lower().endswith(PICTURES)]
+            for file in {"metadata.jsonl", "captions.csv", "captions.tsv"} & set(files):
+                for name, text in read_captions(self.folder / place / file):
+                    captions.setdefault(os.path.normpath(os.path.join(place, name)), []).append(" ".join(text.split()))
+        if not found:
+            raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in {folder}")
+        self.names = in_split(sorted(found), split)
+        self.captions = {name: "\n".join(captions[name]) for name in self.names if name in captions}
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i]
+
+    def caption(self, i, rng):
+        text = self.captions.get(self.names[i])
+        if text is None:
+            path = (self.folder / self.names[i]).with_suffix(".txt")
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if not lines:
+            raise ValueError("no caption")
+        return rng.choice(lines)
+
+    def open(self, i):
+        return Image.open(self.folder / self.names[i])
+
+
+def read_captions(path):
+    """(file name, caption) of each line of a metadata.jsonl, captions.csv or captions.tsv. ValueError names a bad
+    line."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            if path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in file if line.strip()]
+                return [(row["file_name"], row["text"]) for row in rows if row.get("text")]
+            rows = [row[:2] for row in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if row]
+            header = not (path.parent / rows[0][0]).exists()
+            return [(name, text) for name, text in rows[header:]]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error) as error:
+            raise ValueError(f"{path}: not a list of file names and captions: {error!r}") from None
+
+
+def prepare(image, size, rng, random_crop, flip):
+    """Any PIL image -> uint8 array (size, size, 3): upright, on white, its shorter side scaled to `size`, a square cut
+    out of the longer one."""
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG needn't be decoded whole
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits: convert() would cut off, not scale
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (int(rng.integers(side - size + 1)) if random_crop else (side - size) // 2 for side in image.size)
+    image = image.crop((left, top, left + size, top + size))
+    return np.array(ImageOps.mirror(image) if flip and rng.random() < 0.5 else image)
+
+
+class Pictures:
+    """An endless data set of a source's pictures, in a new order in each pass. A bad picture's place is taken by the
+    next good one; `skipped` has (name, why) of those met since it was last emptied."""
+
+    def __init__(self, source, size, seed, random_crop, flip):
+        self.source, self.size, self.seed = source, size, seed
+        self.random_crop, self.flip, self.skipped, self.epoch = random_crop, flip, [], None
+
+    def __len__(self):
+        """Pictures in a pass."""
+        return len(self.source)
 
     def start(self, index):
-        """Which record, and the random numbers left. Every epoch goes through the records in a new order."""
-        epoch, i = divmod(index, len(self.labels))
-        if getattr(self, "epoch", None) != epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
-        return self.order[i], np.random.default_rng((self.seed, 1, index))
+        """Which picture of the source, and the random numbers left."""
+        epoch, i = divmod(index, len(self.source))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+        return int(self.order[i]), np.random.default_rng((self.seed, 1, index))
 
     def caption(self, index):
-        record, rng = self.start(index)
-        name = CIFAR_CLASSES[self.labels[record]]
-        text = CIFAR_TEMPLATES[rng.integers(len(CIFAR_TEMPLATES))].format(name)
-        return text.replace("a airplane", "an airplane").replace("a automobile", "an automobile")
+        return self.source.caption(*self.start(index))
+
+    def captions(self, count):
+        for index in range(count):
+            try:
+                yield self.caption(index)
+            except (ValueError, OSError):  # it is named when its picture is due
+                pass
 
     def __getitem__(self, index):
-        record, _ = self.start(index)
-        picture = Image.fromarray(self.pixels[record]).resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return np.array(picture), self.caption(index)
+        for index in range(index, index + IN_A_ROW):
+            i, rng = self.start(index)
+            try:
+                caption = self.source.caption(i, rng)
+                with self.source.open(i) as image:
+                    return prepare(image, self.size, rng, self.random_crop, self.flip), caption
+            except Exception as error:  # a decoder may throw anything at a damaged file
+                self.skipped.append((self.source.name(i), why(error)))
+        raise ValueError(f"{IN_A_ROW} pictures in a row can't be used, the last, {self.source.name(i)}: {why(error)}")
 
-    def confuse(self, caption, rng):
-        """One object: there is nothing to exchange."""
-        return None
+
+IN_A_ROW = 100  # bad pictures after which a data set gives up
+
+
+def why(error):
+    return (str(error) or type(error).__name__).split("\n")[0][:200]
+
+
+class Tar:
+    """WebDataset shards (a folder of .tar, one file, or a pattern: data/{000..099}.tar), as img2dataset writes them:
+    neighbours of one name are a sample, its picture beside a .txt or the "caption" of a .json. Only headers are read
+    ahead, `BUFFER` samples of them, and drawn in random order; nothing is unpacked."""
+
+    BUFFER = 10_000
+
+    def __init__(self, place, size, seed, split, random_crop, flip):
+        place, braces = str(place), re.search(r"\{(\d+)\.\.(\d+)\}", str(place))
+        if braces:
+            first, last = braces.groups()
+            self.shards = [place.replace(braces[0], str(i).zfill(len(first))) for i in range(int(first), int(last) + 1)]
+        else:
+            self.shards = sorted(map(str, Path(place).glob("*.tar"))) if os.path.isdir(place) else [place]
+        missing = [shard for shard in self.shards if not os.path.isfile(shard)]
+        if missing or not self.shards:
+            raise FileNotFoundError(f"no such shard: {missing[0]}" if missing else f"no .tar in {place}")
+        self.size, self.seed, self.split = size, seed, split
+        self.random_crop, self.flip, self.skipped = random_crop, flip, []
+
+    def __len__(self):
+        """Pictures in a pass, if all shards are as large as the first."""
+        return max(1, sum(1 for _ in self.samples(self.shards[0]))) * len(self.shards)
+
+    def samples(self, shard):
+        """(shard, name, {extension: (offset, size)}) of each sample of the split."""
+        def members(tar):
+            for member in tar:
+                tar.members = []  # tarfile would remember all
+                if member.isfile():
+                    yield re.fullmatch(r"((?:.*/)?[^/.]+)\.[^/]*|.*", member.name)[1], member
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for i, (name, group) in enumerate(itertools.groupby(members(tar), key=lambda pair: pair[0])):
+                    first = i == 0 and shard == self.shards[0]  # as in `in_split`
+                    if name and (first or zlib.crc32(name.encode()) % 16 == 0) == (self.split == "test"):
+                        yield shard, name, {member.name[len(name) + 1:].lower(): (member.offset_data, member.size)
+                                            for _, member in group}
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            self.skipped.append((shard, why(error)))
+
+    def order(self, part, parts):
+        """The samples of part number `part` of `parts`, without end. A part has shards of its own or, where there are
+        fewer shards than parts, every parts-th sample."""
+        for epoch in itertools.count():
+            rng, buffer, empty = np.random.default_rng((self.seed, epoch, part)), [], True
+            own = len(self.shards) >= parts
+            for shard in rng.permutation(self.shards[part::parts] if own else self.shards):
+                for sample in itertools.islice(self.samples(str(shard)), 0 if own else part, None, 1 if own else parts):
+                    buffer.append(sample)
+                    empty = False
+                    if len(buffer) > self.BUFFER:
+                        i = rng.integers(len(buffer))
+                        buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                        yield buffer.pop()
+            if empty:
+                raise ValueError(f"no samples for process {part + 1} of {parts} in {self.shards[0]} and its neighbours"
+                                 + "".join(f"; {name}: {reason}" for name, reason in self.skipped[:1]))
+            rng.shuffle(buffer)
+            yield from buffer
+
+    def read(self, sample, *extensions):
+        """The bytes of the first of these extensions that a sample has."""
+        shard, _, members = sample
+        for extension in extensions:
+            if extension in members:
+                offset, size = members[extension]
+                with open(shard, "rb") as file:
+                    file.seek(offset)
+                    return file.read(size)
+        raise ValueError(f"no {' or '.join(extensions)} in the sample")
+
+    def caption(self, sample):
+        text = (self.read(sample, "txt").decode() if "txt" in sample[2]
+                else json.loads(self.read(sample, "json")).get("caption"))
+        if not (text and text.strip()):
+            raise ValueError("no caption")
+        return " ".join(text.split())
+
+    def captions(self, count):
+        for sample in itertools.islice(self.order(0, 1), count):
+            try:
+                yield self.caption(sample)
+            except (ValueError, OSError, AttributeError):
+                pass
+
+    def stream(self, part=0, parts=1, skip=0):
+        """(picture, caption) of a part, without the first `skip`, which cost no decoding. As in `Pictures`, a bad
+        picture's place is taken by the next good one."""
+        bad = 0
+        for place, sample in enumerate(self.order(part, parts)):
+            if place < skip:
+                continue
+            rng = np.random.default_rng((self.seed, part, place))
+            try:
+                caption = self.caption(sample)
+                with Image.open(io.BytesIO(self.read(sample, *(e[1:] for e in PICTURES)))) as image:
+                    picture = prepare(image, self.size, rng, self.random_crop, self.flip)
+            except Exception as error:
+                self.skipped.append((f"{sample[0]}: {sample[1]}", why(error)))
+                bad += 1
+                if bad == IN_A_ROW:
+                    raise ValueError(f"{bad} pictures in a row can't be used, the last, {sample[1]}: {why(error)}")
+                continue
+            for _ in range(bad + 1):
+                yield picture, caption
+            bad = 0
 
 
 def open_data(args, split="train"):
+    """The data set that the options name. FileNotFoundError or ValueError says what is wrong with it."""
     if args.data == "shapes":
         return Shapes(args.image_size, args.seed, split)
     if args.data_dir is None:
         raise ValueError(f"--data {args.data} needs --data-dir")
-    return Cifar10(args.data_dir, args.image_size, args.seed, split)
+    training = split == "train"
+    how = dict(size=args.image_size, seed=args.seed, random_crop=training and args.crop == "random",
+               flip=training and args.flip)
+    if args.data == "tar":
+        return Tar(args.data_dir, split=split, **how)
+    source = (Coco(args.data_dir, split) if args.data == "coco" else Folder(args.data_dir, split)
+              if args.data == "folder" else Cifar(args.data_dir, split, args.data))
+    return Pictures(source, **how)
 
 
-def collate(items):
-    """Pictures and captions -> images (B, H, W, 3) uint8, list of B captions"""
-    pictures, captions = zip(*items)
-    return torch.from_numpy(np.stack(pictures)), list(captions)
+class Batches(IterableDataset):
+    """Batches number `first` to `steps` - 1 of a data set, as lists of (picture, caption), and who was skipped. Of
+    several processes, each takes its share of every batch; of its workers, each takes whole batches in turn."""
+
+    def __init__(self, data, batch, first, steps, rank, ranks):
+        self.data, self.batch, self.first, self.steps, self.rank, self.ranks = data, batch, first, steps, rank, ranks
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine, share = range(self.first + worker, self.steps, workers), self.batch // self.ranks
+        if isinstance(self.data, Tar):
+            turn = (self.first + worker) % workers  # whoever had a run's batches before it broke off has them again
+            samples = self.data.stream(self.rank * workers + turn, self.ranks * workers,
+                                       skip=len(range(turn, self.first, workers)) * share)
+        else:
+            samples = (self.data[step * self.batch + self.rank * share + i] for step in mine for i in range(share))
+        for _ in mine:
+            pictures, captions = zip(*itertools.islice(samples, share))
+            yield torch.from_numpy(np.stack(pictures)), list(captions), list(self.data.skipped)
+            self.data.skipped.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,57 +720,165 @@ CACHE = {"tiny": 16_384, "small": 50_000, "v2": 8192}
 class Run:
     """What every stage needs: the options, the model so far, the data, the log."""
 
-    def __init__(self, args, model):
-        self.args, self.model, self.config, self.device = args, model, model.config, args.device
-        self.folder = Path(args.run)
+    def __init__(self, args):
+        self.args, self.device, self.folder, self.model, self.config = args, args.device, Path(args.run), None, None
+        self.rank, self.ranks = rank(), ranks()
         self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
+        self.seen, self.failures, self.skipped = 0, 0, {}
 
     def recipe(self, stage):
         recipe = RECIPES[self.args.preset][stage]
         return Recipe(self.args.steps or recipe.steps, self.args.batch_size or recipe.batch, self.args.lr or recipe.lr)
 
     def autocast(self):
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.args.precision == "bfloat16")
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.args.precision == "bfloat16")
 
     def log(self, **numbers):
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}) + "\n")
+        if self.rank == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                numbers = {k: round(v, 6) if isinstance(v, float) else v for k, v in numbers.items()}
+                file.write(json.dumps(numbers) + "\n")
 
-    def batches(self, data, batch, first, steps):
-        """Batches number `first` to `steps` - 1 of a data set: images (B, H, W, 3) in [0, 1], B captions"""
-        loader = DataLoader(data, batch, sampler=range(first * batch, steps * batch), collate_fn=collate,
-                            num_workers=self.args.workers, generator=torch.Generator())  # not from the global one
-        for images, captions in loader:
+    def batches(self, data, batch, first, steps, alone=False):
+        """This process's share (all, if alone) of batches number `first` to `steps` - 1 of a data set: images
+        (B, H, W, 3) in [0, 1], B captions. ValueError when more than a tenth of the pictures can't be used."""
+        feed = Batches(data, batch, first, steps, *((0, 1) if alone else (self.rank, self.ranks)))
+        loader = DataLoader(feed, batch_size=None, num_workers=self.args.workers if steps - first > 1 else 0,
+                            worker_init_fn=default_signals, generator=torch.Generator())  # not from the global one
+        for images, captions, skipped in loader:
+            self.account(data, len(captions), skipped)
             yield images.to(self.device) / 255, captions
+
+    def account(self, data, seen, skipped):
+        self.seen += seen
+        self.failures += len(skipped)
+        for name, reason in skipped:
+            if name not in self.skipped:
+                self.skipped[name] = reason
+                self.log(skipped=name, why=reason)
+        if skipped and self.failures > max(self.seen, len(data) / self.ranks) / 10:
+            raise ValueError(f"more than a tenth of the pictures can't be used: {self.failures} after {self.seen} that "
+                             f"can, {name} because: {reason}; all are named in {self.folder / 'metrics.jsonl'}")
+
+    def report(self):
+        """One line on the pictures that had to be skipped."""
+        everyone = [self.skipped] * self.ranks
+        if self.ranks > 1:
+            distributed.all_gather_object(everyone, self.skipped)
+            for name, reason in {name: reason for others in everyone[1:] for name, reason in others.items()}.items():
+                self.log(skipped=name, why=reason)
+        if count := len(set().union(*everyone)):
+            print(f"{count} pictures can't be used and were skipped: {self.folder / 'metrics.jsonl'} names them")
 
     def train_batches(self, first, recipe):
         return self.batches(self.train_data, recipe.batch, first, recipe.steps)
 
-    def cached(self, what):
-        """The first --cache pictures (in whole batches of 64), for what is computed of them once."""
-        steps = -(-self.args.cache // 64)
-        return tqdm(self.batches(self.train_data, 64, 0, steps), desc=what, total=steps)
+    def cached(self, name, compute):
+        """What compute(images, captions) -> {key: tensor (B, ...)} makes of the first --cache pictures, rounded up to
+        whole batches of 64. Computed once and kept on disk, not in memory. -> {key: array (N, ...), memory-mapped}"""
+        folder, options = self.folder / name, {key: getattr(self.args, key) for key in (*KEPT, "cache")}
+        kept = read_json(folder / "made_of.json") if (folder / "made_of.json").exists() else {}
+        if kept.get("options") != options:
+            folder.mkdir(exist_ok=True)
+            steps, files, shapes = -(-self.args.cache // (64 * self.ranks)), {}, {}
+            batches = self.batches(self.train_data, 64 * self.ranks, 0, steps)
+            with ExitStack() as opened:
+                for step, batch in enumerate(tqdm(batches, desc=name, total=steps, disable=self.rank > 0)):
+                    with torch.no_grad(), self.autocast():
+                        arrays = {key: x.cpu().numpy() for key, x in compute(*batch).items()}
+                    for key, x in arrays.items():
+                        if key not in files:  # no "w": another process may be writing to it
+                            file = os.open(folder / f"{key}.bin", os.O_CREAT | os.O_WRONLY)
+                            files[key] = opened.enter_context(open(file, "wb"))
+                            shapes[key] = str(x.dtype), (steps * 64 * self.ranks, *x.shape[1:])
+                        files[key].seek((step * self.ranks + self.rank) * x.nbytes)
+                        files[key].write(x.tobytes())
+            wait_for_all()
+            kept = dict(options=options, arrays=shapes)
+            if self.rank == 0:
+                (folder / "made_of.json").write_text(json.dumps(kept) + "\n")
+        return {key: np.memmap(folder / f"{key}.bin", dtype, "r", shape=tuple(shape))
+                for key, (dtype, shape) in kept["arrays"].items()}
 
-    def picks(self, *tensors):
-        """A function that gives `fit` batches of what was computed once: rows of each tensor (N, ...)."""
+    def picks(self, arrays):
+        """A function that gives `fit` batches of what was computed once: {key: rows of an array (N, ...)}"""
         def batches(first, recipe):
+            share = recipe.batch // self.ranks
             for step in range(first, recipe.steps):
-                rows = np.random.default_rng((self.args.seed, step)).integers(len(tensors[0]), size=recipe.batch)
-                yield [x[rows].to(self.device) for x in tensors]
+                count = len(next(iter(arrays.values())))
+                rows = np.random.default_rng((self.args.seed, step)).integers(count, size=recipe.batch)
+                rows = rows[self.rank * share:][:share]
+                yield [torch.from_numpy(x[rows]).to(self.device) for x in arrays.values()]
         return batches
 
     def examples(self, count=8):
         """The same few test pictures for every sheet."""
-        return next(self.batches(self.test_data, count, 0, 1))
+        return next(self.batches(self.test_data, count, 0, 1, alone=True))
 
-    def tokens(self, captions):
+    def tokens(self, captions, tokenizer=None):
         """ids and mask (B, L)"""
-        return [x.to(self.device) for x in self.model.tokenizer(captions)]
+        return [x.to(self.device) for x in (tokenizer or self.model.tokenizer)(captions)]
 
     def save_sheet(self, stage, step, rows, captions):
         folder = self.folder / "sheets"
         folder.mkdir(exist_ok=True)
         make_sheet(rows, captions).save(folder / f"{stage}_{step:06d}.png")
+
+
+# Several processes (torchrun): each has a copy of the networks and its share of every batch; gradients are averaged.
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_all():
+    if ranks() > 1:
+        distributed.barrier()
+
+
+def gather(x):
+    """Rows (n, ...) of every process, n may differ -> rows of all (N, ...), the same everywhere; differentiable."""
+    if ranks() == 1:
+        return x
+    counts = torch.zeros(ranks(), dtype=torch.long, device=x.device)
+    counts[rank()] = len(x)
+    distributed.all_reduce(counts)
+    before, after = int(counts[:rank()].sum()), int(counts[rank() + 1:].sum())
+    return all_reduce(F.pad(x, (0, 0) * (x.dim() - 1) + (before, after)))
+
+
+def share_statistics(norm):
+    """Makes a BatchNorm in training use the mean and variance of all processes' pictures, so that the result doesn't
+    depend on how a batch is split. (nn.SyncBatchNorm does so on GPUs only.)"""
+    def forward(x):
+        if not norm.training:
+            return type(norm).forward(norm, x)
+        axes, rest = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
+        mean, square = all_reduce(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / ranks()
+        variance, count = square - mean.square(), x.numel() // x.shape[1] * ranks()
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        return (x * scale.view(rest) + (norm.bias - mean * scale).view(rest)).to(x.dtype)
+    norm.forward = forward
+
+
+class Objective(nn.Module):
+    """A stage's networks with their loss as `forward`, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, network, loss_of):
+        super().__init__()
+        self.network, self.loss_of = network, loss_of
+
+    def forward(self, batch, step):
+        loss, numbers = self.loss_of(self.network, batch, step)
+        return loss, {key: x.detach() if torch.is_tensor(x) else x for key, x in numbers.items()}
 
 
 def update_average(average, network, step):
@@ -400,19 +887,36 @@ def update_average(average, network, step):
     decay = min(0.999, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-        for old, new in zip(average.buffers(), network.buffers()):
-            old.copy_(new)
+    copy_buffers(average, network)
 
 
-def random_state():
-    """Of all generators that training draws from. Data comes by index and needs none."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+def copy_buffers(to, network):
+    for old, new in zip(to.buffers(), network.buffers()):
+        old.copy_(new)
+
+
+def random_states():
+    """Of all generators that training draws from, of every process. Data comes by index and needs none."""
+    mine = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    states = [mine] * ranks()
+    if ranks() > 1:
+        distributed.all_gather_object(states, mine)
+    return states
 
 
 def set_random_state(states):
-    torch.set_rng_state(states[0].cpu())
-    if len(states) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+    """Of this process; with more processes than before, the new ones keep their own."""
+    if rank() < len(states):
+        cpu, *gpus = [state.cpu() for state in states[rank()]]
+        torch.set_rng_state(cpu)
+        if gpus and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(gpus)
+
+
+def default_signals(worker):
+    """In a process that prepares pictures: Ctrl-C is the main one's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_optimizers(network, pace, muon):
@@ -433,19 +937,40 @@ def make_optimizers(network, pace, muon):
     return optimizers
 
 
+LAYOUT = 1  # of checkpoints; a change of what is in them is a new number
+
+
+def read_checkpoint(path, preset, device):
+    """A checkpoint that `fit` wrote. ValueError names what it is if it can't be gone on with."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: {why(error)}") from None
+    if not isinstance(state, dict) or state.get("layout") != LAYOUT:
+        raise ValueError(f"{path} is a checkpoint of another layout than this train.py's: delete it to begin the stage "
+                         "again")
+    if state["preset"] != preset:
+        raise ValueError(f"{path} is a checkpoint of preset {state['preset']}, not {preset}")
+    return state
+
+
 def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=True):
     """Trains `network` and returns its moving average.
 
     batches(first, recipe) yields batches from step `first` on; loss_of(network, batch, step) gives the loss and a dict
     of numbers to log; show(average, step) saves a sheet, or measures; pace and muon as in `make_optimizers`. Ctrl-C
     saves a checkpoint, as do every --save-every steps, and the next call goes on from it."""
-    recipe, path = run.recipe(stage), run.folder / f"{stage}.ckpt"
+    args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
+    if recipe.batch % (run.ranks * args.accumulate):
+        raise ValueError(f"a batch of {recipe.batch} can't be split into {run.ranks * args.accumulate} equal parts")
     average = copy.deepcopy(network).eval().requires_grad_(False)
     network.train()
     optimizers = make_optimizers(network, pace, muon)
     step, warm_up = 0, min(10_000, recipe.steps // 20 + 1)
+    if run.rank > 0:  # the networks began alike everywhere; what is drawn from now on differs
+        torch.manual_seed(args.seed + run.rank)
     if path.exists():
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = read_checkpoint(path, args.preset, run.device)
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         for optimizer, kept in zip(optimizers, state["optimizers"]):
@@ -453,47 +978,79 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
         step = state["step"]
         set_random_state(state["random"])
         print(f"stage {stage}: going on from step {step}")
+    objective = Objective(network, loss_of)
+    if run.ranks > 1:
+        for module in network.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                share_statistics(module)
+        # Stage A's discriminator joins late.
+        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")
 
     def save():
-        save_whole(path, dict(network=network.state_dict(), average=average.state_dict(), step=step,
-                              optimizers=[optimizer.state_dict() for optimizer in optimizers], random=random_state()))
+        state = dict(layout=LAYOUT, preset=args.preset, network=network.state_dict(), average=average.state_dict(),
+                     step=step, optimizers=[optimizer.state_dict() for optimizer in optimizers], random=random_states())
+        if run.rank == 0:
+            save_whole(path, state)
 
     stop = []  # Ctrl-C or a polite kill: the step under way ends first
     before = {number: signal.signal(number, lambda number, _: stop.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
-    start, first = time.time(), step
-    bar = tqdm(total=recipe.steps, initial=step, desc=f"stage {stage}" if len(stage) == 1 else stage, unit="step")
+    start, first, spoiled, in_a_row = time.time(), step, 0, 0
+    bar = tqdm(total=recipe.steps, initial=step, desc=f"stage {stage}" if len(stage) == 1 else stage, unit="step",
+               disable=run.rank > 0)
     for batch in batches(step, recipe):
         # Linear warm-up as the authors do; then a cosine down to 0, which a run of minutes needs more than theirs did.
         rate = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * rate * group["pace"]
-        with run.autocast():
-            loss, numbers = loss_of(network, batch, step)
         network.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
-        for optimizer in optimizers:
-            optimizer.step()
-        update_average(average, network, step)
+        size = len(batch[0]) // args.accumulate
+        for i in range(args.accumulate):
+            last = i == args.accumulate - 1  # before it, gradients needn't be averaged over the processes
+            with nullcontext() if last or run.ranks == 1 else objective.no_sync():
+                with run.autocast():
+                    loss, numbers = objective([x[i * size:(i + 1) * size] for x in batch], step)
+                (loss / args.accumulate).backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
+        # What one process meets, all must act on together.
+        news = torch.stack([torch.tensor(float(max(stop, default=0)), device=run.device),
+                            1 - (loss.isfinite() & norm.isfinite()).float()]).detach()
+        if run.ranks > 1:
+            distributed.all_reduce(news, distributed.ReduceOp.MAX)
+        stopped, bad = (int(x) for x in news.tolist())
+        if bad:
+            copy_buffers(network, average)  # BatchNorm's statistics are spoiled too
+            spoiled, in_a_row = spoiled + 1, in_a_row + 1
+            run.log(stage=stage, step=step + 1, not_finite=spoiled)
+            if in_a_row == 10:
+                kept = f"{path} holds the last good state" if path.exists() else "nothing was saved yet"
+                raise ValueError(f"stage {stage}: ten steps in a row without a finite loss and gradient, up to step "
+                                 f"{step + 1}; {kept}. A lower --lr may help")
+        else:
+            in_a_row = 0
+            for optimizer in optimizers:
+                optimizer.step()
+            update_average(average, network, step)
         step += 1
         bar.update()
-        if step % run.args.log_every == 0 or step == recipe.steps:
+        if not bad and (step % args.log_every == 0 or step == recipe.steps):
             speed = (step - first) * recipe.batch / (time.time() - start)
             bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, loss=loss.item(), images_per_s=speed, seconds=time.time() - start,
                     **{k: v.item() if torch.is_tensor(v) else v for k, v in numbers.items()})
-        if step % run.args.sheet_every == 0 or step == recipe.steps:
+        if run.rank == 0 and (step % args.sheet_every == 0 or step == recipe.steps):
             show(average, step)
-        if step % run.args.save_every == 0 or stop:
+        if in_a_row == 0 and step % args.save_every == 0 or stopped:
             save()
-        if stop:
+        if stopped:
             bar.close()
             print(f"stopped in stage {stage} after step {step} of {recipe.steps}; to go on from there: "
-                  f"{shlex.join(['python', *sys.argv])}", file=sys.stderr)
-            sys.exit(128 + stop[0])
+                  f"{shlex.join(['python', *sys.argv])}", file=sys.stderr if run.rank == 0 else sys.stdout)
+            sys.exit(128 + stopped)
     bar.close()
+    if spoiled:
+        print(f"stage {stage}: {spoiled} steps without a finite loss and gradient were skipped")
     for number, handler in before.items():
         signal.signal(number, handler)
     return average
@@ -505,9 +1062,8 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
 
 def train_tokenizer(args, config, captions=20_000):
     """Byte-pair merges learned on the training captions, until the vocabulary is full or no pair comes twice."""
-    data = open_data(args, "train")
     room = config.text.vocab_size - 514  # bytes, bytes that end a word, start and end token
-    tokenizer = Tokenizer.train((data.caption(i) for i in range(captions)), room, config.text.length)
+    tokenizer = Tokenizer.train(open_data(args).captions(captions), room, config.text.length)
     config.text.vocab_size = len(tokenizer)
     print(f"tokenizer: {len(tokenizer)} tokens")
     return tokenizer
@@ -521,20 +1077,28 @@ def train_text(run):
     """
     seed, side = run.args.seed, max(32, run.args.image_size // 2)  # small pictures will do
 
-    def compare(clip, images, captions, data, rng):
-        """-> logits (B, N) and ids (N, L) of the captions, then of the twins; the rows of pictures that have one"""
-        twins = [data.confuse(caption, rng) for caption in captions]
-        ids, mask = run.tokens(captions + [twin for twin in twins if twin])
-        return clip(resize(images, side, side), ids, mask), ids, [i for i, twin in enumerate(twins) if twin]
+    def twins_of(data, captions, rng):
+        """A wrong caption or None for each; only Shapes knows how to make them."""
+        return [data.confuse(caption, rng) if run.args.data == "shapes" else None for caption in captions]
 
     def loss_of(clip, batch, step):
-        logits, ids, _ = compare(clip, *batch, run.train_data, np.random.default_rng((seed, step)))
-        return contrastive_loss(logits, ids), {}
+        images, captions = batch
+        twins = twins_of(run.train_data, captions, np.random.default_rng((seed, step)))
+        ids, mask = run.tokens(captions + [twin for twin in twins if twin])
+        image, text = clip.embed_images(resize(images, side, side)), clip.embed_text(ids, mask)
+        # The pictures of all processes against the captions of all, which come before the twins.
+        n = len(captions)
+        text, ids = (torch.cat([gather(x[:n]), gather(x[n:])]) for x in (text, ids))
+        return contrastive_loss(clip.compare(gather(image), text), ids), {}
 
     @torch.no_grad()
     def measure(clip, step):
         """Of 256 test pictures: for what share their own caption fits best, and for what share better than its twin."""
-        logits, ids, rows = compare(clip, *run.examples(256), run.test_data, np.random.default_rng(seed))
+        images, captions = run.examples(256)
+        twins = twins_of(run.test_data, captions, np.random.default_rng(seed))
+        rows = [i for i, twin in enumerate(twins) if twin]
+        ids, mask = run.tokens(captions + [twins[i] for i in rows])
+        logits = clip(resize(images, side, side), ids, mask)
         best = logits[:, :256].argmax(dim=1)
         numbers = dict(accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean().item())
         if rows:
@@ -542,9 +1106,10 @@ def train_text(run):
             numbers["twins_told_apart"] = better.float().mean().item()
         run.log(stage="text", step=step, **numbers)
 
-    clip = fit(run, "text", CLIP(run.config).to(run.device), run.train_batches, loss_of, measure)
-    run.model.text_b = clip.text
-    run.model.compressor.backbone = clip.image  # where Stage B's compressor starts
+    clip = CLIP(run.config)
+    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # the latter is where Stage B's starts
+    clip = fit(run, "text", clip.to(run.device), run.train_batches, loss_of, measure)
+    run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
 
 
 def train_a(run):
@@ -559,7 +1124,9 @@ def train_a(run):
         vqgan, discriminator = network["a"], network["discriminator"]
         images = crop(batch[0], side)
         reconstruction, latents, codes, vq_loss = vqgan(images)
-        revived = vqgan.quantizer.revive(latents, codes, network.idle, patience=50)
+        revived = vqgan.quantizer.revive(gather(latents.detach()), gather(codes), network.idle, patience=50)
+        if run.ranks > 1:  # each process drew other latents
+            distributed.broadcast(vqgan.quantizer.codebook.data, 0)
         mse = F.mse_loss(reconstruction, images)
         loss = mse + F.l1_loss(reconstruction, images) + vq_loss
         numbers = dict(mse=mse, vq_loss=vq_loss, revived=revived)
@@ -583,7 +1150,8 @@ def train_a(run):
     average = fit(run, "a", network.to(run.device), run.train_batches, loss_of, sheet,
                   pace=lambda name: 5 if name.endswith("codebook") else 1, muon=False)
     run.model.a = average["a"]
-    measure_a(run)
+    if run.rank == 0:
+        measure_a(run)
 
 
 def crop(images, side):
@@ -597,7 +1165,7 @@ def measure_a(run):
     """Over a validation pass: PSNR (dB) with and without the quantizer, use of the codebook, and the deviation of the
     latents, by which Stage B's are divided."""
     errors, codes, deviation = [], [], []
-    for images, _ in run.batches(run.test_data, 32, 0, 8):
+    for images, _ in run.batches(run.test_data, 32, 0, 8, alone=True):
         reconstruction, latents, batch_codes, _ = run.model.a(images)
         unquantized = run.model.a.decode(latents)
         errors.append(torch.stack([(x.clamp(0, 1) - images).square().mean(dim=(1, 2, 3))
@@ -617,7 +1185,16 @@ def measure_a(run):
 def train_b(run):
     """Stage B, and the semantic compressor with it: what the compressor keeps is what helps B to draw."""
     model = run.model
-    tensors, nothing = frozen_latents(run)
+
+    def compute(images, captions):
+        """Stage A and the text encoder no longer change, so their part is computed once: pictures as the compressor
+        takes them (B, 3H/4, 3W/4, 3) uint8, A's latents (B, H/4, W/4, 4) and captions (B, L, width) float16"""
+        return dict(small=(shrink(images).clamp(0, 1) * 255).round().byte(), latents=model.a.encode(images).half(),
+                    text=model.text_b(*run.tokens(captions, model.tokenizer_b)).half())
+
+    arrays = run.cached("latents", compute)
+    with torch.no_grad():
+        nothing = model.text_b(*run.tokens([""], model.tokenizer_b)).half()
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_of(network, batch, step):
@@ -640,38 +1217,32 @@ def train_b(run):
         images, captions = run.examples()
         run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
 
-    average = fit(run, "b", network, run.picks(*tensors), loss_of, sheet)
+    average = fit(run, "b", network, run.picks(arrays), loss_of, sheet)
     model.compressor, model.b = average["compressor"], average["b"]
 
 
-@torch.no_grad()
-def frozen_latents(run):
-    """What Stage B learns from. Stage A and the text encoder no longer change, so their part is computed once.
-    -> pictures as the compressor takes them (N, 3H/4, 3W/4, 3) uint8, A's latents (N, H/4, W/4, 4) and captions
-    (N, L, width) float16; and the empty caption (L, width)"""
-    small, latents, text = [], [], []
-    for images, captions in run.cached("latents of Stage A"):
-        with run.autocast():
-            latents.append(run.model.a.encode(images).half().cpu())
-            text.append(run.model.text_b(*run.tokens(captions)).half().cpu())
-        small.append((shrink(images).clamp(0, 1) * 255).round().byte().cpu())
-    return [torch.cat(x) for x in (small, latents, text)], run.model.text_b(*run.tokens([""])).half()
-
-
 def train_c(run):
-    """Stage C, on semantic latents computed once. Its text encoder is trained with it: with a frozen one, fewer captions
-    come out right."""
+    """Stage C, on semantic latents computed once. Its text encoder is trained with it: with a frozen one, fewer
+    captions come out right."""
     model = run.model
-    semantic, captions = semantic_latents(run)
-    model.c.latent_mean.copy_(semantic.mean(dim=(0, 1, 2)))
-    model.c.latent_std.copy_(semantic.std(dim=(0, 1, 2)).clamp(min=1e-3))  # early on, a channel may be constant
-    semantic = (semantic - model.c.latent_mean) / model.c.latent_std
 
-    network = nn.ModuleDict(dict(text=copy.deepcopy(model.text_b), c=model.c))
+    def compute(images, captions):
+        ids, mask = run.tokens(captions)
+        return dict(semantic=model.compress(images), ids=ids, mask=mask)
+
+    arrays = run.cached("semantic", compute)
+    if not run.given:
+        semantic = arrays["semantic"]
+        model.c.latent_mean.copy_(torch.from_numpy(semantic.mean(axis=(0, 1, 2))))
+        # Early on, a channel may be constant.
+        model.c.latent_std.copy_(torch.from_numpy(semantic.std(axis=(0, 1, 2)).clip(1e-3)))
+        model.text = copy.deepcopy(model.text_b)
+    network = nn.ModuleDict(dict(text=model.text, c=model.c))
     no_ids, no_mask = run.tokens([""])
 
     def loss_of(network, batch, step):
         x, ids, mask = batch
+        x = (x - model.c.latent_mean) / model.c.latent_std
         drop = chance(0.05, ids)
         text = network["text"](torch.where(drop, no_ids, ids), torch.where(drop, no_mask, mask))
         t, noise = training_times(len(x), run.device), torch.randn_like(x)
@@ -682,27 +1253,9 @@ def train_c(run):
         images, captions = run.examples()
         run.save_sheet("c", step, [images, model.generate(captions, seed=0)], captions)
 
-    average = fit(run, "c", network, run.picks(semantic, *run.tokens(captions)), loss_of, sheet,
+    average = fit(run, "c", network, run.picks(arrays), loss_of, sheet,
                   pace=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
     model.text, model.c = average["text"], average["c"]
-
-
-@torch.no_grad()
-def semantic_latents(run):
-    """The compressor's latents of the pictures that Stage C learns from, kept in semantic.pt. -> (N, hs, ws, 16),
-    N captions"""
-    path = run.folder / "semantic.pt"
-    if path.exists():
-        kept = torch.load(path, map_location=run.device, weights_only=True)
-        return kept["semantic"], kept["captions"]
-    semantic, captions = [], []
-    for images, batch in run.cached("semantic latents"):
-        with run.autocast():
-            semantic.append(run.model.compress(images))
-        captions += batch
-    semantic = torch.cat(semantic)
-    save_whole(path, dict(semantic=semantic, captions=captions))
-    return semantic, captions
 
 
 def chance(probability, x):
@@ -715,13 +1268,17 @@ def chance(probability, x):
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
 NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
-# Options that a run keeps from its first command to its last, and their defaults. The last two may be changed.
-KEPT = {"preset": "tiny", "data": "shapes", "image_size": None, "seed": 0, "data_dir": None}
-FIXED = ("preset", "data", "image_size")
+# Options that a run keeps from its first command to its last, and their defaults. Those that are not FIXED may change.
+KEPT = {"preset": "tiny", "data": "shapes", "image_size": None, "init_from": None, "seed": 0, "data_dir": None,
+        "crop": "centre", "flip": False, "precision": None}
+FIXED = ("preset", "data", "image_size", "init_from")
+# What no longer fits when a stage is finished anew, or isn't needed any more.
+OUTDATED = {"text": ("latents", "b.ckpt"), "a": ("latents", "b.ckpt"), "b": ("latents", "semantic", "c.ckpt"), "c": ()}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, stages A, B and C.")
+    parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, stages A, B and C. Under "
+                                     "torchrun, with several processes.")
 
     def add(name, help, **options):
         parser.add_argument(name, help=help + (" (default: %(default)s)" if options.get("default") else ""), **options)
@@ -730,26 +1287,38 @@ def parse_args(argv=None):
         help="what to train; all: every stage that isn't finished yet")
     add("--run", default="runs/tiny", help="folder of the run")
     add("--preset", help=f"sizes of the networks: {', '.join(PRESETS)} (default: tiny)")
-    add("--data", choices=("shapes", "cifar10"), help="data set (default: shapes)")
+    add("--init-from", metavar="RUN", help="begin --run with the weights of another run, or of a folder with the "
+        "published snapshots, and train the stage named from there")
+    add("--data", choices=("shapes", *CIFAR, "coco", "folder", "tar"), help="data set (default: shapes)")
     add("--data-dir", help="where the data set lies (shapes needs none)")
+    add("--download", action="store_true", help="fetch CIFAR-10 or CIFAR-100 into --data-dir first (default: data)")
     add("--image-size", type=int, help="side of the pictures in pixels (default: the preset's)")
+    add("--crop", choices=("centre", "random"), help="which square of a picture is trained on (default: centre)")
+    add("--flip", action="store_true", default=None, help="mirror every other picture; not where captions say left "
+        "and right")
     add("--steps", type=int, help="steps of every stage named (default: the preset's recipe)")
-    add("--batch-size", type=int, help="pictures a step (default: the preset's recipe)")
+    add("--batch-size", type=int, help="pictures a step, of all processes (default: the preset's recipe)")
+    add("--accumulate", type=int, default=1, help="parts that a batch is computed in, one after the other")
     add("--lr", type=float, help="highest learning rate (default: the preset's recipe)")
     add("--cache", type=int, help="pictures that stages B and C learn from: latents of A and of the compressor are "
         "computed once (default: the preset's)")
     add("--seed", type=int, help="of the data and the weights (default: 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--precision", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 autocast where this machine multiplies it faster")
+    add("--precision", choices=("float32", "bfloat16"),
+        help="bfloat16: autocast (default: where the machine that begins the run multiplies it faster)")
     add("--workers", type=int, default=0, help="processes that prepare pictures; 0: none beside the main one")
     add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
     add("--sheet-every", type=int, default=250, help="steps between sheets of pictures")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "lr", "image_size", "cache", "log_every", "sheet_every", "save_every"):
+    for name in ("steps", "batch_size", "accumulate", "lr", "image_size", "cache", "log_every", "sheet_every",
+                 "save_every"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be {'positive' if name == 'lr' else 'at least 1'}")
+    if args.init_from and args.stage not in TRAIN:
+        parser.error(f"--init-from needs the stage to go on with: {', '.join(TRAIN)}")
+    if args.download and args.data not in CIFAR:
+        parser.error(f"--download is for --data {' and '.join(CIFAR)}")
     return args
 
 
@@ -782,17 +1351,62 @@ def bfloat16_is_faster(device):
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
+def join_processes(args):
+    """Under torchrun: finds the other processes, and takes one GPU each. Only the first may speak."""
+    if "LOCAL_RANK" in os.environ:
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def lock(folder):
+    """Keeps other processes out of a run's folder until this one ends, however it ends. -> what to hold on to"""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder} is in use by another process") from None
+    return file
+
+
+def begin(args, config):
+    """Writes what all later commands of a run need: options, sizes and vocabulary; with --init-from, weights too."""
+    if args.precision is None:
+        args.precision = "bfloat16" if args.device != "mps" and bfloat16_is_faster(args.device) else "float32"
+    if args.init_from:
+        begun = read_options(args.init_from)
+        model = Wuerstchen.load(args.init_from) if begun else Wuerstchen.from_official(args.init_from)
+        if model.compressor is None:
+            raise ValueError(f"{args.init_from} has no EfficientNetEncoder, which Stage B needs")
+        model.config.image_size = args.image_size
+        model.save(args.run)
+    else:
+        save_config(args.run, config, train_tokenizer(args, config))
+    (Path(args.run) / "options.json").write_text(json.dumps({name: getattr(args, name) for name in KEPT}) + "\n")
+
+
 def main(argv=None):
     args = parse_args(argv)
     folder, begun = Path(args.run), read_options(args.run)
+    defaults = KEPT
+    if args.init_from:
+        source = read_options(args.init_from) or {"preset": "v2", "image_size": None}
+        defaults = KEPT | {name: source[name] for name in ("preset", "image_size")}
     for name in KEPT:  # what a run was begun with holds for its later commands too
         given = getattr(args, name)
         if given is None:
-            setattr(args, name, begun.get(name, KEPT[name]))
-        elif name in begun and given != begun[name] and name in FIXED:
+            setattr(args, name, begun.get(name, defaults[name]))
+        elif name in FIXED and given != begun.get(name, given):
             raise ValueError(f"{folder} was begun with --{name.replace('_', '-')} {begun[name]}; take another --run")
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
+    if not begun and args.stage in TRAIN and not args.init_from:
+        raise FileNotFoundError(f"no run in {folder}: train it first: python train.py --run {folder}")
     config = copy.deepcopy(PRESETS[args.preset])
     config.text_b, config.b.text_width = config.text, config.text.width  # one contrastive training for both stages
     config.image_size = args.image_size = args.image_size or config.image_size
@@ -800,26 +1414,48 @@ def main(argv=None):
         raise ValueError(f"--image-size must be a multiple of {config.stride} for {args.preset}, not {args.image_size}")
     args.cache = args.cache or CACHE[args.preset]
     args.device = pick_device(args.device)
-    if args.precision == "auto":
-        args.precision = "bfloat16" if args.device != "mps" and bfloat16_is_faster(args.device) else "float32"
+    if args.download:
+        args.data_dir = args.data_dir or "data"
+    join_processes(args)
 
     start = time.time()
-    if args.stage == "tokenizer" or args.stage == "all" and not (folder / "config.json").exists():
-        save_config(folder, config, train_tokenizer(args, config))
-        (folder / "options.json").write_text(json.dumps({name: getattr(args, name) for name in KEPT}) + "\n")
+    if rank() == 0:
+        held = lock(folder)  # noqa: until main returns
+        if args.download:
+            fetch_cifar(args.data, Path(args.data_dir))
+        if args.stage == "tokenizer" or not begun:
+            begin(args, config)
+    wait_for_all()
+    args.precision = args.precision or read_options(folder).get("precision", "float32")
+    run = Run(args)
     for stage in TRAIN if args.stage == "all" else [args.stage] if args.stage in TRAIN else []:
         if args.stage == "all" and (folder / f"{stage}.pt").exists():
             print(f"stage {stage}: finished before")
             continue
-        if stage == "b":  # what Stage C learned from belongs to the compressor before
-            for name in ("semantic.pt", "c.ckpt"):
-                (folder / name).unlink(missing_ok=True)
+        run.given = args.init_from is not None and (folder / f"{stage}.pt").exists()
         torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
-        model = Wuerstchen.load(folder, NEEDS[stage]).to(args.device)
-        TRAIN[stage](Run(args, model))
-        model.save_stage(folder, stage)
-        (folder / f"{stage}.ckpt").unlink(missing_ok=True)
+        run.model = Wuerstchen.load(folder, NEEDS[stage] + (stage,) * run.given).to(args.device)
+        run.config = run.model.config
+        TRAIN[stage](run)
+        if rank() == 0:
+            finish(run, stage)
+        wait_for_all()
+    run.report()
     print(f"{folder}: done in {time.time() - start:.0f} s")
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def finish(run, stage):
+    """Puts a finished stage into its place, and away what belonged to the one before."""
+    for name in OUTDATED[stage]:
+        path = run.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    run.model.save_stage(run.folder, stage)
+    (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
+    later = [name for name in TRAIN if stage in NEEDS[name] and (run.folder / f"{name}.pt").exists()]
+    if later:
+        print(f"stage {stage} is new: {' and '.join(later)} learned from the one before and should be trained again")
 
 
 if __name__ == "__main__":
@@ -828,4 +1464,10 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # between the training loops, which save first
-        sys.exit("stopped: the same command goes on")
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if ranks() == 1 or "onnection" not in str(error):
+            raise
+        sys.exit(f"error: process {rank()} lost another one ({why(error)}); the same command goes on from the last "
+                 "checkpoint")

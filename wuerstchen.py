@@ -394,21 +394,31 @@ class CLIP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.text = TextEncoder(cfg.text)
+        width = cfg.text_b.width
+        self.text = TextEncoder(cfg.text_b)
         self.image = EfficientNet(cfg.compressor)
-        self.text_projection = nn.Linear(cfg.text.width, cfg.text.width, bias=False)
-        self.image_projection = nn.Linear(cfg.compressor.features, cfg.text.width, bias=False)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        self.image_projection = nn.Linear(cfg.compressor.features, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, images, ids, mask):
-        """images (B, H, W, 3) in [0, 1], ids and mask (N, L) -> logits (B, N): row i, how well picture i fits each
-        caption"""
+    def embed_text(self, ids, mask):
+        """ids and mask (N, L) -> unit vectors (N, width)"""
         end = mask.sum(dim=1) - 1  # the end token has read the whole caption
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
+        return F.normalize(self.text_projection(text).float(), dim=-1)
+
+    def embed_images(self, images):
+        """images (B, H, W, 3) in [0, 1] -> unit vectors (B, width)"""
         image = self.image(images).mean(dim=(1, 2))
-        text = F.normalize(self.text_projection(text).float(), dim=-1)
-        image = F.normalize(self.image_projection(image).float(), dim=-1)
+        return F.normalize(self.image_projection(image).float(), dim=-1)
+
+    def compare(self, image, text):
+        """Unit vectors (B, width), (N, width) -> logits (B, N): row i, how well picture i fits each caption"""
         return self.logit_scale.exp().clamp(max=100) * image @ text.T
+
+    def forward(self, images, ids, mask):
+        """images (B, H, W, 3) in [0, 1], ids and mask (N, L) -> logits (B, N)"""
+        return self.compare(self.embed_images(images), self.embed_text(ids, mask))
 
 
 def contrastive_loss(logits, ids):
@@ -475,6 +485,8 @@ class Quantizer(nn.Module):
         idle[codes.unique()] = 0
         dead = (idle >= patience).nonzero()[:, 0]
         flat = x.detach().float().reshape(-1, x.shape[-1])
+        if not flat.isfinite().all():  # the step will be skipped
+            return 0
         self.codebook[dead] = flat[torch.randint(len(flat), (len(dead),), device=x.device)]
         idle[dead] = 0
         return len(dead)
@@ -921,12 +933,18 @@ def save_config(folder, config, tokenizer):
 
 
 def save_whole(path, state):
-    """torch.save, so that a crash at any moment leaves the old file or the new one, whole."""
-    with open(f"{path}.new", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+    """torch.save, so that a crash at any moment leaves the old file or the new one, whole. OSError, and the old file,
+    if it can't be written."""
+    try:
+        with open(f"{path}.new", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.new", path)
+    except (OSError, RuntimeError) as error:  # torch has its own kind for a full disk
+        Path(f"{path}.new").unlink(missing_ok=True)
+        kept = "; the one before is kept" if Path(path).exists() else ""
+        raise OSError(f"{path} can't be written{kept}: {error}") from None
 
 
 class Wuerstchen(nn.Module):

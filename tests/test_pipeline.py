@@ -198,6 +198,9 @@ def test_a_killed_run_that_goes_on_ends_in_the_same_weights(run, tmp_path, stage
             assert torch.equal(whole[network][name], again[network][name]), f"{network}.{name}"
 
 
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
 def make_cifar(folder, count=50):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -205,6 +208,7 @@ def make_cifar(folder, count=50):
         records = rng.integers(256, size=(count, 3073), dtype=np.uint8)
         records[:, 0] = np.arange(count) % 10
         (folder / name).write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n")
 
 
 def test_cifar_folder_and_archive_agree(tmp_path):
@@ -212,18 +216,18 @@ def test_cifar_folder_and_archive_agree(tmp_path):
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "x" / "cifar-10-batches-bin", "cifar-10-batches-bin")
     places = [tmp_path / "x", tmp_path / "x" / "cifar-10-batches-bin", tmp_path / "cifar-10-binary.tar.gz", tmp_path]
-    sets = [train.Cifar10(place, 64, seed=1) for place in places]
+    sets = [train.Pictures(train.Cifar(place, "train"), 64, 1, False, False) for place in places]
     for i in (0, 7, 49, 50, 123):
         picture, caption = sets[0][i]
-        assert picture.shape == (64, 64, 3) and any(name in caption for name in train.CIFAR_CLASSES)
+        assert picture.shape == (64, 64, 3) and any(name in caption for name in CLASSES)
         for other in sets[1:]:
             assert (other[i][0] == picture).all() and other[i][1] == caption
     raw = np.fromfile(tmp_path / "x" / "cifar-10-batches-bin" / "data_batch_1.bin", np.uint8).reshape(-1, 3073)
-    data = train.Cifar10(tmp_path / "x", 32)
+    data = train.Pictures(train.Cifar(tmp_path / "x", "train"), 32, 0, False, False)
     seen = {data[i][0].tobytes() for i in range(50)}
     assert seen == {r[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for r in raw}  # every picture once an epoch
     record, _ = data.start(3)
-    assert train.CIFAR_CLASSES[raw[record, 0]] in data.caption(3)
+    assert CLASSES[raw[record, 0]] in data.caption(3)
 
 
 def test_cifar_trains_through_every_stage(tmp_path):
@@ -248,8 +252,8 @@ def test_cifar_trains_through_every_stage(tmp_path):
     (["train.py", "b", "--run", "{tmp}/x"], "train it first"),
     (["train.py", "--data", "cifar10", "--run", "{tmp}/x"], "needs --data-dir"),
     (["train.py", "--data", "cifar10", "--data-dir", "{tmp}/none", "--run", "{tmp}/x"], "no such data folder"),
-    (["train.py", "--data", "cifar10", "--data-dir", "{run}", "--run", "{tmp}/x"], "no CIFAR-10"),
-    (["train.py", "--data", "cifar10", "--data-dir", "{run}/config.json", "--run", "{tmp}/x"], "is not CIFAR-10"),
+    (["train.py", "--data", "cifar10", "--data-dir", "{run}", "--run", "{tmp}/x"], "no cifar10"),
+    (["train.py", "--data", "cifar10", "--data-dir", "{run}/config.json", "--run", "{tmp}/x"], "can't be unpacked"),
     (["train.py", "--steps", "0", "--run", "{tmp}/x"], "at least 1"),
 ])
 def test_bad_input_gets_one_clear_line(run, tmp_path, command, message):
