@@ -509,7 +509,7 @@ class Pictures:
                     return prepare(image, self.size, rng, self.random_crop, self.flip), caption
             except Exception as error:  # a decoder may throw anything at a damaged file
                 self.skipped.append((self.source.name(i), why(error)))
-        raise ValueError(f"{IN_A_ROW} pictures in a row can't be used, the last, {self.source.name(i)}: {why(error)}")
+        raise ValueError(f"{IN_A_ROW} pictures in a row can't be used; the last: {': '.join(self.skipped[-1])}")
 
 
 IN_A_ROW = 100  # bad pictures after which a data set gives up
@@ -621,7 +621,7 @@ class Tar:
                 self.skipped.append((f"{sample[0]}: {sample[1]}", why(error)))
                 bad += 1
                 if bad == IN_A_ROW:
-                    raise ValueError(f"{bad} pictures in a row can't be used, the last, {sample[1]}: {why(error)}")
+                    raise ValueError(f"{bad} pictures in a row can't be used; the last: {': '.join(self.skipped[-1])}")
                 continue
             for _ in range(bad + 1):
                 yield picture, caption
@@ -750,15 +750,15 @@ class Run:
             yield images.to(self.device) / 255, captions
 
     def account(self, data, seen, skipped):
-        self.seen += seen
-        self.failures += len(skipped)
         for name, reason in skipped:
             if name not in self.skipped:
                 self.skipped[name] = reason
                 self.log(skipped=name, why=reason)
-        if skipped and self.failures > max(self.seen, len(data) / self.ranks) / 10:
-            raise ValueError(f"more than a tenth of the pictures can't be used: {self.failures} after {self.seen} that "
-                             f"can, {name} because: {reason}; all are named in {self.folder / 'metrics.jsonl'}")
+        if data is self.train_data:
+            self.seen, self.failures = self.seen + seen, self.failures + len(skipped)
+            if skipped and self.failures > max(self.seen, len(data) / self.ranks) / 10:
+                raise ValueError(f"more than a tenth of the pictures can't be used: {self.failures} after {self.seen} "
+                                 f"that can; {name}, because: {reason}; metrics.jsonl in {self.folder} names all")
 
     def report(self):
         """One line on the pictures that had to be skipped."""
