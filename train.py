@@ -768,7 +768,7 @@ class Run:
             for name, reason in {name: reason for others in everyone[1:] for name, reason in others.items()}.items():
                 self.log(skipped=name, why=reason)
         if count := len(set().union(*everyone)):
-            print(f"{count} pictures can't be used and were skipped: {self.folder / 'metrics.jsonl'} names them")
+            print(f"skipped, as they can't be used: {count} pictures, named in {self.folder / 'metrics.jsonl'}")
 
     def train_batches(self, first, recipe):
         return self.batches(self.train_data, recipe.batch, first, recipe.steps)
@@ -780,8 +780,9 @@ class Run:
         kept = read_json(folder / "made_of.json") if (folder / "made_of.json").exists() else {}
         if kept.get("options") != options:
             folder.mkdir(exist_ok=True)
-            steps, files, shapes = -(-self.args.cache // (64 * self.ranks)), {}, {}
-            batches = self.batches(self.train_data, 64 * self.ranks, 0, steps)
+            share = max(1, 64 // self.ranks)  # pictures of a batch that are this process's
+            steps, files, shapes = -(-self.args.cache // (share * self.ranks)), {}, {}
+            batches = self.batches(self.train_data, share * self.ranks, 0, steps)
             with ExitStack() as opened:
                 for step, batch in enumerate(tqdm(batches, desc=name, total=steps, disable=self.rank > 0)):
                     with torch.no_grad(), self.autocast():
@@ -790,7 +791,7 @@ class Run:
                         if key not in files:  # no "w": another process may be writing to it
                             file = os.open(folder / f"{key}.bin", os.O_CREAT | os.O_WRONLY)
                             files[key] = opened.enter_context(open(file, "wb"))
-                            shapes[key] = str(x.dtype), (steps * 64 * self.ranks, *x.shape[1:])
+                            shapes[key] = str(x.dtype), (steps * share * self.ranks, *x.shape[1:])
                         files[key].seek((step * self.ranks + self.rank) * x.nbytes)
                         files[key].write(x.tobytes())
             wait_for_all()
@@ -944,7 +945,7 @@ def read_checkpoint(path, preset, device):
     """A checkpoint that `fit` wrote. ValueError names what it is if it can't be gone on with."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged: {why(error)}") from None
     if not isinstance(state, dict) or state.get("layout") != LAYOUT:
         raise ValueError(f"{path} is a checkpoint of another layout than this train.py's: delete it to begin the stage "
@@ -1280,12 +1281,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, stages A, B and C. Under "
                                      "torchrun, with several processes.")
 
-    def add(name, help, **options):
-        parser.add_argument(name, help=help + (" (default: %(default)s)" if options.get("default") else ""), **options)
+    def add(*names, help, **options):
+        parser.add_argument(*names, help=help + (" (default: %(default)s)" if options.get("default") else ""), **options)
 
     add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN),
         help="what to train; all: every stage that isn't finished yet")
-    add("--run", default="runs/tiny", help="folder of the run")
+    add("--run", "--run-dir", default="runs/tiny", help="folder of the run; under torchrun, say --run-dir: it takes "
+        "--run for an option of its own")
     add("--preset", help=f"sizes of the networks: {', '.join(PRESETS)} (default: tiny)")
     add("--init-from", metavar="RUN", help="begin --run with the weights of another run, or of a folder with the "
         "published snapshots, and train the stage named from there")

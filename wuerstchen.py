@@ -1073,12 +1073,16 @@ class Wuerstchen(nn.Module):
             self.save_stage(folder, stage)
 
     def load_stage(self, folder, stage):
-        """Reads <stage>.pt. FileNotFoundError if the stage isn't trained yet."""
+        """Reads <stage>.pt. FileNotFoundError if the stage isn't trained yet, ValueError if it doesn't fit."""
         path = Path(folder) / f"{stage}.pt"
         if not path.exists():
             raise FileNotFoundError(f"no {path}: train it first: python train.py {stage} --run {folder}")
-        for name, weights in torch.load(path, map_location=self.device, weights_only=True).items():
-            getattr(self, name).load_state_dict(weights)
+        try:
+            for name, weights in torch.load(path, map_location=self.device, weights_only=True).items():
+                getattr(self, name).load_state_dict(weights)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged, or of another preset or an older layout than config.json beside it: "
+                             f"{(str(error).strip() or repr(error)).splitlines()[0]}") from None
 
     @classmethod
     def load(cls, folder, stages=tuple(STAGES)):

@@ -1,12 +1,36 @@
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+
+import train  # noqa: E402
+
+SMALL = ["--image-size", "64", "--steps", "4", "--batch-size", "8", "--cache", "32", "--sheet-every", "4"]
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run, trained for a few steps. Tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    train.main(["--run", str(folder), *SMALL])
+    return folder
+
+
+def run_script(*args, timeout=120, **options):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True, timeout=timeout,
+                          **options)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

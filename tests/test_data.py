@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import train
+from wuerstchen import STAGES
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 QUICK = ["--image-size", "32", "--steps", "2", "--batch-size", "4", "--cache", "64"]
@@ -206,7 +207,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     in_training = {n for n in train.Folder(tmp_path / "data", "train").names if "bad" in n}
     assert in_training and in_training <= set(skipped) <= {"bad000.png", "bad001.jpg", "bad002.png", "bad003.png"}
     assert all(skipped.values()) and skipped.get("bad002.png", "no caption") == "no caption"
-    assert f"{len(skipped)} pictures can't be used and were skipped" in capsys.readouterr().out
+    assert f"can't be used: {len(skipped)} pictures" in capsys.readouterr().out
 
 
 def test_too_many_bad_pictures_stop_training(tmp_path):
@@ -382,6 +383,47 @@ def test_coco_with_splits_and_a_subset(tmp_path):
     assert training.caption(0, np.random.default_rng(0)) in ("caption 0 of 0", "caption 1 of 0")
     with pytest.raises(FileNotFoundError, match="captions_"):
         train.Coco(tmp_path / "train2017", "train")
+
+
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def make_cifar(folder, count=50):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        records = rng.integers(256, size=(count, 3073), dtype=np.uint8)
+        records[:, 0] = np.arange(count) % 10
+        (folder / name).write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n")
+
+
+def test_cifar_folder_and_archive_agree(tmp_path):
+    make_cifar(tmp_path / "x" / "cifar-10-batches-bin")
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "x" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    places = [tmp_path / "x", tmp_path / "x" / "cifar-10-batches-bin", tmp_path / "cifar-10-binary.tar.gz", tmp_path]
+    sets = [train.Pictures(train.Cifar(place, "train"), 64, 1, False, False) for place in places]
+    for i in (0, 7, 49, 50, 123):
+        picture, caption = sets[0][i]
+        assert picture.shape == (64, 64, 3) and any(name in caption for name in CLASSES)
+        for other in sets[1:]:
+            assert (other[i][0] == picture).all() and other[i][1] == caption
+    raw = np.fromfile(tmp_path / "x" / "cifar-10-batches-bin" / "data_batch_1.bin", np.uint8).reshape(-1, 3073)
+    data = train.Pictures(train.Cifar(tmp_path / "x", "train"), 32, 0, False, False)
+    seen = {data[i][0].tobytes() for i in range(50)}
+    assert seen == {r[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for r in raw}  # every picture once an epoch
+    record, _ = data.start(3)
+    assert CLASSES[raw[record, 0]] in data.caption(3)
+
+
+def test_cifar10_trains_through_every_stage(tmp_path):
+    make_cifar(tmp_path / "data" / "cifar-10-batches-bin")
+    train.main(["--run", str(tmp_path / "run"), "--data", "cifar10", "--data-dir", str(tmp_path / "data"),
+                "--image-size", "32", "--steps", "2", "--batch-size", "4", "--cache", "16"])
+    assert all((tmp_path / "run" / f"{stage}.pt").exists() for stage in STAGES)
+    with pytest.raises(ValueError, match="was begun with --data cifar10"):
+        train.main(["--run", str(tmp_path / "run"), "--data", "shapes"])
 
 
 def make_cifar100(folder):

@@ -1,13 +1,4 @@
 """From nothing to pictures, at a size smaller than tiny; and what happens when something is wrong."""
-import json
-import shutil
-import signal
-import subprocess
-import sys
-import tarfile
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,27 +6,8 @@ from PIL import Image
 
 import sample
 import train
-from wuerstchen import PRESETS, STAGES, Wuerstchen
-
-HERE = Path(__file__).parent.parent
-SMALL = ["--image-size", "64", "--steps", "4", "--batch-size", "8", "--cache", "32", "--sheet-every", "4"]
-
-
-def run_script(*args, timeout=120):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True, timeout=timeout)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run, trained for a few steps."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    train.main(["--run", str(folder), *SMALL])
-    return folder
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
+from conftest import SMALL, metrics, run_script
+from wuerstchen import Wuerstchen
 
 def test_all_stages_leave_what_they_promise(run):
     names = {path.name for path in run.iterdir()}
@@ -46,20 +18,6 @@ def test_all_stages_leave_what_they_promise(run):
     assert {row["stage"] for row in rows} == {"text", "a", "b", "c"}
     assert any("psnr" in row and "codebook_usage" in row and "perplexity" in row for row in rows)
     assert all(np.isfinite(value) for row in rows for key, value in row.items() if key != "stage")
-
-
-def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
-    model = Wuerstchen(PRESETS["tiny"], None)
-    network = torch.nn.ModuleDict(dict(text=model.text, c=model.c))
-    adamw, muon = train.make_optimizers(network, lambda name: 0.1 if name.startswith("text") else 1, muon=True)
-    shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
-    assert len(shared) == len(set(shared)) == len(list(network.parameters()))
-    matrices = {p: group["pace"] for group in muon.param_groups for p in group["params"]}
-    assert matrices[model.c.blocks[0].expand.weight] == 3
-    assert matrices[model.text.layers[0].project.weight] == pytest.approx(0.3)
-    assert not {model.text.tokens.weight, model.text.positions, model.c.embed.weight, model.c.out.weight,
-                model.c.blocks[0].depthwise.weight, model.c.blocks[0].expand.bias} & set(matrices)
-    assert len(train.make_optimizers(network, lambda name: 1, muon=False)) == 1
 
 
 def test_all_skips_what_is_finished(run, capsys):
@@ -140,103 +98,6 @@ def test_crops_lie_on_the_grid_of_stage_a():
     corners = {divmod(train.crop(images, 16)[0, 0, 0].item(), 40) for _ in range(300)}
     assert corners == {(top, left) for top in (0, 4, 8) for left in range(0, 25, 4)}
     assert train.crop(images, 16).shape == (2, 16, 16, 1)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_training_goes_on(run, tmp_path, number):
-    """Ctrl-C and a polite kill save and say how to go on: from the step they stopped at, none left out, none twice."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("config.json", "options.json"):
-        (folder / name).write_bytes((run / name).read_bytes())
-    (folder / "tokenizer").symlink_to(run / "tokenizer")
-    command = ["train.py", "text", "--run", folder, "--steps", "60", "--batch-size", "8", "--log-every", "1"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stderr=subprocess.PIPE, text=True)
-    log = folder / "metrics.jsonl"
-    deadline = time.time() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number and "Traceback" not in errors
-    assert f"to go on from there: python train.py text --run {folder} --steps 60" in errors
-    stopped = metrics(folder)[-1]["step"]
-    assert (folder / "text.ckpt").exists() and 3 <= stopped < 60
-    finished = run_script(*command)
-    assert finished.returncode == 0 and f"going on from step {stopped}" in finished.stdout
-    steps = [row["step"] for row in metrics(folder) if "loss" in row]
-    assert steps == list(range(1, 61))
-
-
-@pytest.mark.parametrize("stage", ["text", "a", "b", "c"])
-def test_a_killed_run_that_goes_on_ends_in_the_same_weights(run, tmp_path, stage, monkeypatch):
-    def folder(name):
-        copy = tmp_path / name
-        shutil.copytree(run, copy)
-        (copy / f"{stage}.pt").unlink()
-        return copy
-
-    def go(folder):
-        train.main([stage, "--run", str(folder), "--steps", "7", "--batch-size", "4", "--cache", "32", "--save-every",
-                    "3", "--precision", "float32"])
-        return torch.load(folder / f"{stage}.pt", weights_only=True)
-
-    whole, average = go(folder("whole")), train.update_average
-    killed = folder("killed")
-    for last in (4, 5):  # dies twice after the checkpoint of step 3, without a chance to save
-        def die(network_average, network, step):
-            if step == last:
-                raise RuntimeError("killed")
-            average(network_average, network, step)
-        monkeypatch.setattr(train, "update_average", die)
-        with pytest.raises(RuntimeError, match="killed"):
-            go(killed)
-    monkeypatch.setattr(train, "update_average", average)
-    again = go(killed)
-    for network in whole:
-        for name in whole[network]:
-            assert torch.equal(whole[network][name], again[network][name]), f"{network}.{name}"
-
-
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
-
-def make_cifar(folder, count=50):
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name in ("data_batch_1.bin", "test_batch.bin"):
-        records = rng.integers(256, size=(count, 3073), dtype=np.uint8)
-        records[:, 0] = np.arange(count) % 10
-        (folder / name).write_bytes(records.tobytes())
-    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n")
-
-
-def test_cifar_folder_and_archive_agree(tmp_path):
-    make_cifar(tmp_path / "x" / "cifar-10-batches-bin")
-    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "x" / "cifar-10-batches-bin", "cifar-10-batches-bin")
-    places = [tmp_path / "x", tmp_path / "x" / "cifar-10-batches-bin", tmp_path / "cifar-10-binary.tar.gz", tmp_path]
-    sets = [train.Pictures(train.Cifar(place, "train"), 64, 1, False, False) for place in places]
-    for i in (0, 7, 49, 50, 123):
-        picture, caption = sets[0][i]
-        assert picture.shape == (64, 64, 3) and any(name in caption for name in CLASSES)
-        for other in sets[1:]:
-            assert (other[i][0] == picture).all() and other[i][1] == caption
-    raw = np.fromfile(tmp_path / "x" / "cifar-10-batches-bin" / "data_batch_1.bin", np.uint8).reshape(-1, 3073)
-    data = train.Pictures(train.Cifar(tmp_path / "x", "train"), 32, 0, False, False)
-    seen = {data[i][0].tobytes() for i in range(50)}
-    assert seen == {r[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for r in raw}  # every picture once an epoch
-    record, _ = data.start(3)
-    assert CLASSES[raw[record, 0]] in data.caption(3)
-
-
-def test_cifar_trains_through_every_stage(tmp_path):
-    make_cifar(tmp_path / "data" / "cifar-10-batches-bin")
-    train.main(["--run", str(tmp_path / "run"), "--data", "cifar10", "--data-dir", str(tmp_path / "data"),
-                "--image-size", "32", "--steps", "2", "--batch-size", "4", "--cache", "16"])
-    assert all((tmp_path / "run" / f"{stage}.pt").exists() for stage in STAGES)
-    with pytest.raises(ValueError, match="was begun with --data cifar10"):
-        train.main(["--run", str(tmp_path / "run"), "--data", "shapes"])
 
 
 @pytest.mark.parametrize("command, message", [
