@@ -238,69 +238,51 @@ class Shapes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets on disk. A source is finite: len(source), name(i), caption(i, rng), open(i) -> PIL image. It may raise
-# whatever it likes for a bad picture: `Pictures`, which makes a source endless, skips it and keeps account.
+# Data sets on disk. cifar, coco and folder list what is there: (picture, captions), the picture a path or an array, the
+# captions a line each; `Pictures` makes a list endless. Tar, which may be too long to list, is read as a stream.
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
-CIFAR = {  # folder and archive, its MD5, bytes of labels before the pixels (the last is meant), names of the labels
+CIFAR = {  # folder, archive and its MD5, bytes of labels before the pixels (the last is meant), names of the labels
     "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", 1,
                 "batches.meta.txt"),
     "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 2,
                  "fine_label_names.txt"),
 }
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+IN_A_ROW = 100  # bad pictures after which a data set gives up
 warnings.filterwarnings("ignore", module="PIL")  # what can't be read is named, the rest is read
 
 
-def in_split(names, split):
-    """The names (sorted) of a data set that has no splits of its own which belong to one: the first and, by a hash of
-    the name, one in sixteen are kept for testing, so that a picture stays where it is when others join."""
-    return [name for i, name in enumerate(names)
-            if (i == 0 or zlib.crc32(name.encode()) % 16 == 0) == (split == "test")]
-
-
-class Cifar:
+def cifar(place, split, data):
     """CIFAR-10 or CIFAR-100, binary version: a folder that holds cifar-10-batches-bin/ or cifar-100-binary/, or that
     folder, or the .tar.gz, which is unpacked beside itself. A record is its labels, then 32x32 red, green and blue
-    values. FileNotFoundError or ValueError says what is wrong."""
-
-    def __init__(self, place, split, data="cifar10"):
-        folder, archive, _, labels, names = CIFAR[data]
-        place = Path(place)
-        if not place.exists():
-            raise FileNotFoundError(f"no such data folder: {place}")
-        places = (place, place / folder, place.parent / folder)
-        inside = next((path for path in places if (path / names).exists()), None)
-        if not inside and (place.is_file() or (place / archive).exists()):
-            inside = unpack(place if place.is_file() else place / archive, folder)
-        pattern = re.compile(r"(data_batch_\d|train)\.bin" if split == "train" else r"test(_batch)?\.bin")
-        files = sorted(path for path in inside.glob("*.bin") if pattern.fullmatch(path.name)) if inside else []
-        if not files:
-            raise FileNotFoundError(f"no {data} in {place}: {folder}/ with {names} and {pattern.pattern}")
-        self.names = (inside / names).read_text().split()
-        self.records, self.labels = [], labels
-        for path in files:
-            if not path.stat().st_size or path.stat().st_size % (labels + 3072):
-                raise ValueError(f"{path} is not {data}: its size is no multiple of {labels + 3072} bytes")
-            # Views into the files: what isn't looked at needs no memory.
-            self.records += list(np.asarray(np.memmap(path, np.uint8, "r")).reshape(-1, labels + 3072))
-        if (worst := max(record[labels - 1] for record in self.records)) >= len(self.names):
-            raise ValueError(f"{place} is not {data}: a label is {worst}, but {names} has {len(self.names)} names")
-
-    def __len__(self):
-        return len(self.records)
-
-    def name(self, i):
-        return f"record {i}"
-
-    def caption(self, i, rng):
-        name = self.names[self.records[i][self.labels - 1]].replace("_", " ")
-        text = TEMPLATES[rng.integers(len(TEMPLATES))].format(name)
-        return text.replace(f"a {name}", f"an {name}") if name[0] in "aeiou" else text
-
-    def open(self, i):
-        return Image.fromarray(self.records[i][self.labels:].reshape(3, 32, 32).transpose(1, 2, 0))
+    values. -> [(array (32, 32, 3), captions)]. FileNotFoundError or ValueError says what is wrong."""
+    folder, archive, _, skip, names = CIFAR[data]
+    place = Path(place)
+    if not place.exists():
+        raise FileNotFoundError(f"no such data folder: {place}")
+    inside = next((p for p in (place, place / folder, place.parent / folder) if (p / names).exists()), None)
+    if not inside and (place.is_file() or (place / archive).exists()):
+        inside = unpack(place if place.is_file() else place / archive, folder)
+    pattern = re.compile(r"(data_batch_\d|train)\.bin" if split == "train" else r"test(_batch)?\.bin")
+    files = sorted(path for path in inside.glob("*.bin") if pattern.fullmatch(path.name)) if inside else []
+    if not files:
+        raise FileNotFoundError(f"no {data} in {place}: {folder}/ with {names} and {pattern.pattern}")
+    captions = []
+    for name in (inside / names).read_text().replace("_", " ").splitlines():
+        article = "an" if name[:1] in "aeiou" else "a"
+        captions.append("\n".join(TEMPLATES).replace("a {}", f"{article} {{}}").replace("{}", name))
+    found = []
+    for path in files:
+        if not path.stat().st_size or path.stat().st_size % (skip + 3072):
+            raise ValueError(f"{path} is not {data}: its size is no multiple of {skip + 3072} bytes")
+        # Views into the file: what isn't looked at needs no memory.
+        records = np.asarray(np.memmap(path, np.uint8, "r")).reshape(-1, skip + 3072)
+        if (worst := records[:, skip - 1].max()) >= len(captions):
+            raise ValueError(f"{path} is not {data}: a label is {worst}, but {names} has {len(captions)} names")
+        found += [(r[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[r[skip - 1]]) for r in records]
+    return found
 
 
 def unpack(archive, folder):
@@ -328,15 +310,14 @@ def download(url, path, md5):
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             have = have if answer.status == 206 else 0  # a server that can't go on begins again
-            left = int(answer.headers.get("Content-Length") or 0)
+            total = have + int(answer.headers.get("Content-Length") or 0)
             with open(part, "ab" if have else "wb") as file, tqdm(
-                    total=have + left, initial=have, desc=path.name, unit="B", unit_scale=True) as bar:
+                    total=total, initial=have, desc=path.name, unit="B", unit_scale=True) as bar:
                 while block := answer.read(1 << 16):
                     file.write(block)
                     bar.update(len(block))
-        have = part.stat().st_size - have
-        if have < left:
-            raise OSError(f"{left - have} bytes are missing")
+        if part.stat().st_size < total:
+            raise OSError(f"{total - part.stat().st_size} bytes are missing")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing is left to fetch
             raise OSError(f"{url}: {error}") from None
@@ -350,97 +331,60 @@ def download(url, path, md5):
     part.rename(path)
 
 
-def fetch_cifar(data, folder):
-    """CIFAR's archive into a folder, if it isn't there."""
-    _, archive, md5, *_ = CIFAR[data]
-    if not (folder / archive).exists():
-        download(CIFAR_URL + archive, folder / archive, md5)
+def in_split(names, split):
+    """Which names, of a data set without splits, belong to one: the first and, by a hash of the name, one in sixteen
+    are kept for testing. So a picture stays where it is when others join."""
+    names = sorted(names)
+    return [name for name in names
+            if (name == names[0] or zlib.crc32(name.encode()) % 16 == 0) == (split == "test")]
 
 
-class Coco:
+def coco(place, split):
     """MS COCO: annotations/captions_*.json and the folders of pictures, train2017/ and so on, or a part of them. Files
-    of a validation split (captions_val*.json) are for testing, if there are any."""
-
-    def __init__(self, folder, split):
-        folder = Path(folder)
-        files = sorted(folder.glob("annotations/captions_*.json"))
-        if not files:
-            raise FileNotFoundError(f"no annotations/captions_*.json in {folder}")
-        own = {"test": [f for f in files if "val" in f.name], "train": [f for f in files if "val" not in f.name]}
-        captions = {}
-        for file in own[split] if all(own.values()) else files:
-            pictures = folder / file.stem.removeprefix("captions_")
-            there = set(os.listdir(pictures)) if pictures.is_dir() else ()
-            listed = read_json(file)
-            names = {image["id"]: f"{pictures.name}/{image['file_name']}" for image in listed["images"]
-                     if image["file_name"] in there}
-            for note in listed["annotations"]:
-                if note["image_id"] in names:
-                    captions.setdefault(names[note["image_id"]], []).append(" ".join(note["caption"].split()))
-        names = sorted(captions)
-        if not names:
-            raise FileNotFoundError(f"none of the pictures named in {files[0]} is in {folder}")
-        self.names = names if all(own.values()) else in_split(names, split)
-        self.captions = ["\n".join(captions[name]) for name in self.names]  # one string takes less memory than five
-        self.folder = folder
-
-    def __len__(self):
-        return len(self.names)
-
-    def name(self, i):
-        return self.names[i]
-
-    def caption(self, i, rng):
-        return rng.choice(self.captions[i].split("\n"))
-
-    def open(self, i):
-        return Image.open(self.folder / self.names[i])
+    of a validation split (captions_val*.json) are for testing, if there are any. -> [(path, captions)]"""
+    files = sorted(Path(place).glob("annotations/captions_*.json"))
+    if not files:
+        raise FileNotFoundError(f"no annotations/captions_*.json in {place}")
+    own = {"test": [f for f in files if "val" in f.name], "train": [f for f in files if "val" not in f.name]}
+    captions = {}
+    for file in own[split] if all(own.values()) else files:
+        folder = file.stem.removeprefix("captions_")
+        there = set(os.listdir(Path(place) / folder)) if (Path(place) / folder).is_dir() else ()
+        listed = read_json(file)
+        names = {image["id"]: f"{folder}/{image['file_name']}" for image in listed["images"]
+                 if image["file_name"] in there}
+        for note in listed["annotations"]:
+            if note["image_id"] in names:
+                captions.setdefault(names[note["image_id"]], []).append(" ".join(note["caption"].split()))
+    if not captions:
+        raise FileNotFoundError(f"none of the pictures that {files[0]} names is in {place}")
+    return [(f"{place}/{name}", "\n".join(captions[name]))
+            for name in (sorted(captions) if all(own.values()) else in_split(captions, split))]
 
 
-class Folder:
+def folder(place, split):
     """Pictures in a folder and in those within it. A caption is in the .txt of the same name (a line each, if there are
     several), or in a metadata.jsonl (file_name, text) or captions.csv or .tsv (file name, caption) that lies beside the
-    picture or above it."""
-
-    def __init__(self, folder, split):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"no such data folder: {folder}")
-        found, captions = [], {}
-        for place, _, files in os.walk(folder):
-            place = os.path.relpath(place, folder)
-            found += [os.path.normpath(os.path.join(place, f)) for f in files if f.lower().endswith(PICTURES)]
-            for file in {"metadata.jsonl", "captions.csv", "captions.tsv"} & set(files):
-                for name, text in read_captions(self.folder / place / file):
-                    captions.setdefault(os.path.normpath(os.path.join(place, name)), []).append(" ".join(text.split()))
-        if not found:
-            raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in {folder}")
-        self.names = in_split(sorted(found), split)
-        self.captions = {name: "\n".join(captions[name]) for name in self.names if name in captions}
-
-    def __len__(self):
-        return len(self.names)
-
-    def name(self, i):
-        return self.names[i]
-
-    def caption(self, i, rng):
-        text = self.captions.get(self.names[i])
-        if text is None:
-            path = (self.folder / self.names[i]).with_suffix(".txt")
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        if not lines:
-            raise ValueError("no caption")
-        return rng.choice(lines)
-
-    def open(self, i):
-        return Image.open(self.folder / self.names[i])
+    picture or above it. -> [(path, captions)], None for the .txt"""
+    if not os.path.isdir(place):
+        raise FileNotFoundError(f"no such data folder: {place}")
+    found, captions = [], {}
+    for root, _, files in os.walk(place):
+        def name_of(file):
+            return os.path.relpath(os.path.join(root, file), place)
+        found += [name_of(file) for file in files if file.lower().endswith(SUFFIXES)]
+        for file in {"metadata.jsonl", "captions.csv", "captions.tsv"} & set(files):
+            for name, text in read_captions(Path(root) / file):
+                captions.setdefault(name_of(name), []).append(" ".join(text.split()))
+    if not found:
+        raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) in {place}")
+    return [(f"{place}/{name}", "\n".join(captions[name]) if name in captions else None)
+            for name in in_split(found, split)]
 
 
 def read_captions(path):
     """(file name, caption) of each line of a metadata.jsonl, captions.csv or captions.tsv. ValueError names a bad
-    line."""
+    file."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             if path.suffix == ".jsonl":
@@ -471,27 +415,38 @@ def prepare(image, size, rng, random_crop, flip):
     return np.array(ImageOps.mirror(image) if flip and rng.random() < 0.5 else image)
 
 
-class Pictures:
-    """An endless data set of a source's pictures, in a new order in each pass. A bad picture's place is taken by the
-    next good one; `skipped` has (name, why) of those met since it was last emptied."""
+def why(error):
+    return (str(error) or type(error).__name__).split("\n")[0][:200]
 
-    def __init__(self, source, size, seed, random_crop, flip):
-        self.source, self.size, self.seed = source, size, seed
-        self.random_crop, self.flip, self.skipped, self.epoch = random_crop, flip, [], None
+
+class Pictures:
+    """The pictures of a list without end, in a new order in each pass. A bad one's place is taken by the next good one;
+    `skipped` has (name, why) of those met since it was last emptied."""
+
+    def __init__(self, found, size, seed, random_crop, flip):
+        self.found, self.size, self.seed, self.random_crop, self.flip = found, size, seed, random_crop, flip
+        self.skipped, self.epoch = [], None
 
     def __len__(self):
         """Pictures in a pass."""
-        return len(self.source)
+        return len(self.found)
 
     def start(self, index):
-        """Which picture of the source, and the random numbers left."""
-        epoch, i = divmod(index, len(self.source))
+        """A picture and its captions as listed, and the random numbers left for it."""
+        epoch, i = divmod(index, len(self.found))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-        return int(self.order[i]), np.random.default_rng((self.seed, 1, index))
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.found))
+        return *self.found[self.order[i]], np.random.default_rng((self.seed, 1, index))
 
     def caption(self, index):
-        return self.source.caption(*self.start(index))
+        """One of the captions, at random. ValueError if there is none."""
+        picture, captions, rng = self.start(index)
+        if captions is None and (path := Path(picture).with_suffix(".txt")).exists():
+            captions = path.read_text(encoding="utf-8")
+        lines = [line.strip() for line in (captions or "").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("no caption")
+        return lines[rng.integers(len(lines))]
 
     def captions(self, count):
         for index in range(count):
@@ -502,31 +457,23 @@ class Pictures:
 
     def __getitem__(self, index):
         for index in range(index, index + IN_A_ROW):
-            i, rng = self.start(index)
+            picture, _, rng = self.start(index)
             try:
-                caption = self.source.caption(i, rng)
-                with self.source.open(i) as image:
-                    return prepare(image, self.size, rng, self.random_crop, self.flip), caption
+                with Image.open(picture) if isinstance(picture, str) else Image.fromarray(picture) as image:
+                    return prepare(image, self.size, rng, self.random_crop, self.flip), self.caption(index)
             except Exception as error:  # a decoder may throw anything at a damaged file
-                self.skipped.append((self.source.name(i), why(error)))
+                self.skipped.append((str(picture), why(error)))
         raise ValueError(f"{IN_A_ROW} pictures in a row can't be used; the last: {': '.join(self.skipped[-1])}")
-
-
-IN_A_ROW = 100  # bad pictures after which a data set gives up
-
-
-def why(error):
-    return (str(error) or type(error).__name__).split("\n")[0][:200]
 
 
 class Tar:
     """WebDataset shards (a folder of .tar, one file, or a pattern: data/{000..099}.tar), as img2dataset writes them:
     neighbours of one name are a sample, its picture beside a .txt or the "caption" of a .json. Only headers are read
-    ahead, `BUFFER` samples of them, and drawn in random order; nothing is unpacked."""
+    ahead, BUFFER samples of them, and drawn in random order; nothing is unpacked. `skipped` as in `Pictures`."""
 
     BUFFER = 10_000
 
-    def __init__(self, place, size, seed, split, random_crop, flip):
+    def __init__(self, place, split, size, seed, random_crop, flip):
         place, braces = str(place), re.search(r"\{(\d+)\.\.(\d+)\}", str(place))
         if braces:
             first, last = braces.groups()
@@ -536,8 +483,8 @@ class Tar:
         missing = [shard for shard in self.shards if not os.path.isfile(shard)]
         if missing or not self.shards:
             raise FileNotFoundError(f"no such shard: {missing[0]}" if missing else f"no .tar in {place}")
-        self.size, self.seed, self.split = size, seed, split
-        self.random_crop, self.flip, self.skipped = random_crop, flip, []
+        self.split, self.size, self.seed, self.random_crop, self.flip = split, size, seed, random_crop, flip
+        self.skipped = []
 
     def __len__(self):
         """Pictures in a pass, if all shards are as large as the first."""
@@ -555,32 +502,32 @@ class Tar:
                 for i, (name, group) in enumerate(itertools.groupby(members(tar), key=lambda pair: pair[0])):
                     first = i == 0 and shard == self.shards[0]  # as in `in_split`
                     if name and (first or zlib.crc32(name.encode()) % 16 == 0) == (self.split == "test"):
-                        yield shard, name, {member.name[len(name) + 1:].lower(): (member.offset_data, member.size)
+                        yield shard, name, {member.name[len(name):].lower(): (member.offset_data, member.size)
                                             for _, member in group}
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             self.skipped.append((shard, why(error)))
 
-    def order(self, part, parts):
+    def order(self, part=0, parts=1):
         """The samples of part number `part` of `parts`, without end. A part has shards of its own or, where there are
         fewer shards than parts, every parts-th sample."""
         for epoch in itertools.count():
-            rng, buffer, empty = np.random.default_rng((self.seed, epoch, part)), [], True
-            own = len(self.shards) >= parts
+            rng, buffer, own = np.random.default_rng((self.seed, epoch, part)), [], len(self.shards) >= parts
+            count = 0
             for shard in rng.permutation(self.shards[part::parts] if own else self.shards):
                 for sample in itertools.islice(self.samples(str(shard)), 0 if own else part, None, 1 if own else parts):
                     buffer.append(sample)
-                    empty = False
+                    count += 1
                     if len(buffer) > self.BUFFER:
                         i = rng.integers(len(buffer))
                         buffer[i], buffer[-1] = buffer[-1], buffer[i]
                         yield buffer.pop()
-            if empty:
+            if count == 0:
                 raise ValueError(f"no samples for process {part + 1} of {parts} in {self.shards[0]} and its neighbours"
                                  + "".join(f"; {name}: {reason}" for name, reason in self.skipped[:1]))
             rng.shuffle(buffer)
             yield from buffer
 
-    def read(self, sample, *extensions):
+    def read(self, sample, extensions):
         """The bytes of the first of these extensions that a sample has."""
         shard, _, members = sample
         for extension in extensions:
@@ -592,14 +539,14 @@ class Tar:
         raise ValueError(f"no {' or '.join(extensions)} in the sample")
 
     def caption(self, sample):
-        text = (self.read(sample, "txt").decode() if "txt" in sample[2]
-                else json.loads(self.read(sample, "json")).get("caption"))
-        if not (text and text.strip()):
+        text = self.read(sample, (".txt", ".json")).decode()
+        text = text if ".txt" in sample[2] else json.loads(text).get("caption") or ""
+        if not text.strip():
             raise ValueError("no caption")
         return " ".join(text.split())
 
     def captions(self, count):
-        for sample in itertools.islice(self.order(0, 1), count):
+        for sample in itertools.islice(self.order(), count):
             try:
                 yield self.caption(sample)
             except (ValueError, OSError, AttributeError):
@@ -614,18 +561,16 @@ class Tar:
                 continue
             rng = np.random.default_rng((self.seed, part, place))
             try:
-                caption = self.caption(sample)
-                with Image.open(io.BytesIO(self.read(sample, *(e[1:] for e in PICTURES)))) as image:
-                    picture = prepare(image, self.size, rng, self.random_crop, self.flip)
+                with Image.open(io.BytesIO(self.read(sample, SUFFIXES))) as image:
+                    found = prepare(image, self.size, rng, self.random_crop, self.flip), self.caption(sample)
             except Exception as error:
                 self.skipped.append((f"{sample[0]}: {sample[1]}", why(error)))
                 bad += 1
                 if bad == IN_A_ROW:
                     raise ValueError(f"{bad} pictures in a row can't be used; the last: {': '.join(self.skipped[-1])}")
-                continue
-            for _ in range(bad + 1):
-                yield picture, caption
-            bad = 0
+            else:
+                yield from [found] * (bad + 1)
+                bad = 0
 
 
 def open_data(args, split="train"):
@@ -635,13 +580,12 @@ def open_data(args, split="train"):
     if args.data_dir is None:
         raise ValueError(f"--data {args.data} needs --data-dir")
     training = split == "train"
-    how = dict(size=args.image_size, seed=args.seed, random_crop=training and args.crop == "random",
-               flip=training and args.flip)
+    how = args.image_size, args.seed, training and args.crop == "random", training and args.flip
     if args.data == "tar":
-        return Tar(args.data_dir, split=split, **how)
-    source = (Coco(args.data_dir, split) if args.data == "coco" else Folder(args.data_dir, split)
-              if args.data == "folder" else Cifar(args.data_dir, split, args.data))
-    return Pictures(source, **how)
+        return Tar(args.data_dir, split, *how)
+    if args.data in CIFAR:
+        return Pictures(cifar(args.data_dir, split, args.data), *how)
+    return Pictures((coco if args.data == "coco" else folder)(args.data_dir, split), *how)
 
 
 class Batches(IterableDataset):
@@ -1282,7 +1226,8 @@ def parse_args(argv=None):
                                      "torchrun, with several processes.")
 
     def add(*names, help, **options):
-        parser.add_argument(*names, help=help + (" (default: %(default)s)" if options.get("default") else ""), **options)
+        default = " (default: %(default)s)" if options.get("default") else ""
+        parser.add_argument(*names, help=help + default, **options)
 
     add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN),
         help="what to train; all: every stage that isn't finished yet")
@@ -1424,7 +1369,9 @@ def main(argv=None):
     if rank() == 0:
         held = lock(folder)  # noqa: until main returns
         if args.download:
-            fetch_cifar(args.data, Path(args.data_dir))
+            _, archive, md5, *_ = CIFAR[args.data]
+            if not (path := Path(args.data_dir) / archive).exists():
+                download(CIFAR_URL + archive, path, md5)
         if args.stage == "tokenizer" or not begun:
             begin(args, config)
     wait_for_all()

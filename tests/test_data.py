@@ -93,8 +93,16 @@ def write_shards(path, count, shards=1, damage=()):
     return path
 
 
-def tar_set(path, split="train", **changed):
-    return train.Tar(path, **(dict(size=32, seed=0, split=split, random_crop=False, flip=False) | changed))
+def tar_set(path, split="train"):
+    return train.Tar(path, split, 32, 0, random_crop=False, flip=False)
+
+
+def pictures_of(found, size=32, seed=0):
+    return train.Pictures(found, size, seed, random_crop=False, flip=False)
+
+
+def names(found):
+    return [Path(path).name for path, _ in found]
 
 
 # Folders
@@ -104,11 +112,11 @@ def test_odd_pictures_look_as_in_a_viewer(tmp_path):
     colours = odd_pictures(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("".join(
         json.dumps({"file_name": name, "text": f"this is {name}"}) + "\n" for name in colours))
-    sources = [train.Folder(tmp_path, split) for split in ("train", "test")]
     seen = {}
-    for source in sources:
-        data = train.Pictures(source, 32, 0, False, False)
-        seen |= {caption.removeprefix("this is "): picture for picture, caption in map(data.__getitem__, range(len(data)))}
+    for split in ("train", "test"):
+        data = pictures_of(train.folder(tmp_path, split))
+        for picture, caption in map(data.__getitem__, range(len(data))):
+            seen[caption.removeprefix("this is ")] = picture
         assert not data.skipped
     assert seen.keys() == colours.keys()
     for name, colour in colours.items():
@@ -123,10 +131,10 @@ def test_odd_pictures_look_as_in_a_viewer(tmp_path):
 def test_caption_lists(tmp_path, kind):
     place = tmp_path / "deep" / "er"
     place.mkdir(parents=True)
-    names = [f"p{i}.png" for i in range(20)]
-    for name in names:
+    files = [f"p{i}.png" for i in range(20)]
+    for name in files:
         bmp(RED).save(place / name)
-    rows = [(f"er/{name}", f'a "red", {name}') for name in names] + [("er/p3.png", "another of p3")]
+    rows = [(f"er/{name}", f'a "red", {name}') for name in files] + [("er/p3.png", "another of p3")]
     if kind == "metadata.jsonl":
         text = "".join(json.dumps(dict(file_name=name, text=text)) + "\n" for name, text in rows)
     else:
@@ -135,35 +143,35 @@ def test_caption_lists(tmp_path, kind):
             [("filename", "caption")] * (kind == "header.csv") + rows)
         text = file.getvalue()
     (tmp_path / "deep" / kind.replace("header", "captions")).write_text(text)
-    captions = {split: train.Folder(tmp_path, split) for split in ("train", "test")}
-    assert sum(map(len, captions.values())) == 20
-    for source in captions.values():
-        for i in range(len(source)):
-            name = Path(source.name(i)).name
-            found = {source.caption(i, np.random.default_rng(seed)) for seed in range(20)}
-            assert found == {f'a "red", {name}'} | ({"another of p3"} if name == "p3.png" else set())
+    found = train.folder(tmp_path, "train") + train.folder(tmp_path, "test")
+    assert sorted(names(found)) == sorted(files)
+    for path, captions in found:
+        name = Path(path).name
+        assert captions == f'a "red", {name}' + ("\nanother of p3" if name == "p3.png" else "")
+    data = pictures_of([found[names(found).index("p3.png")]])
+    assert {data.caption(i) for i in range(20)} == {'a "red", p3.png', "another of p3"}
     (tmp_path / "deep" / kind.replace("header", "captions")).write_text('{"no": "names"}\n"')
     with pytest.raises(ValueError, match="not a list of file names and captions"):
-        train.Folder(tmp_path, "train")
+        train.folder(tmp_path, "train")
 
 
 def test_splits_are_fixed_and_apart(tmp_path):
     folder_of(tmp_path, 100, ("a", "b/c"))
-    train_names, test_names = (train.Folder(tmp_path, split).names for split in ("train", "test"))
+    train_names, test_names = (names(train.folder(tmp_path, split)) for split in ("train", "test"))
     assert len(train_names) + len(test_names) == 100 and not set(train_names) & set(test_names)
     assert 1 <= len(test_names) <= 15
     folder_of(tmp_path, 130, ("a", "b/c"))
-    more = train.Folder(tmp_path, "train").names
-    assert set(train_names) <= set(more) and train.Folder(tmp_path, "train").names == more
+    more = train.folder(tmp_path, "train")
+    assert set(train_names) <= set(names(more)) and train.folder(tmp_path, "train") == more
 
 
 def test_every_pass_shows_every_picture_once_in_a_new_order(tmp_path):
-    source = train.Folder(folder_of(tmp_path, 40), "train")
-    data = train.Pictures(source, 32, 5, False, False)
+    source = train.folder(folder_of(tmp_path, 40), "train")
+    data = pictures_of(source, seed=5)
     passes = [[data.caption(i) for i in range(k * len(source), (k + 1) * len(source))] for k in range(3)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2]) and passes[0] != passes[1] != passes[2]
     assert len(set(passes[0])) == len(source)
-    again = train.Pictures(source, 32, 5, False, False)
+    again = pictures_of(source, seed=5)
     assert (again[70][0] == data[70][0]).all() and again[70][1] == data[70][1]
 
 
@@ -204,9 +212,10 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     train.main(["--run", str(tmp_path / "run"), "--data", "folder", "--data-dir", str(tmp_path / "data"), *QUICK])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     skipped = {row["skipped"]: row["why"] for row in rows if "skipped" in row}
-    in_training = {n for n in train.Folder(tmp_path / "data", "train").names if "bad" in n}
-    assert in_training and in_training <= set(skipped) <= {"bad000.png", "bad001.jpg", "bad002.png", "bad003.png"}
-    assert all(skipped.values()) and skipped.get("bad002.png", "no caption") == "no caption"
+    bad = {str(path) for path in (tmp_path / "data").glob("bad*.?[np]g")}
+    in_training = bad & {path for path, _ in train.folder(tmp_path / "data", "train")}
+    assert len(bad) == 4 and in_training and in_training <= set(skipped) <= bad and all(skipped.values())
+    assert skipped.get(str(tmp_path / "data" / "bad002.png"), "no caption") == "no caption"
     assert f"can't be used: {len(skipped)} pictures" in capsys.readouterr().out
 
 
@@ -220,7 +229,7 @@ def test_too_many_bad_pictures_stop_training(tmp_path):
 def test_nothing_but_bad_pictures(tmp_path):
     tmp_path.joinpath("x.png").write_bytes(b"no")
     tmp_path.joinpath("y.png").write_bytes(b"no")
-    data = train.Pictures(train.Folder(tmp_path, "test"), 32, 0, False, False)
+    data = pictures_of(train.folder(tmp_path, "test"))
     with pytest.raises(ValueError, match="in a row can't be used"):
         data[0]
 
@@ -229,11 +238,10 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 50 kB; 400 million pixels
     (tmp_path / "bomb.txt").write_text("boom")
     folder_of(tmp_path, 20)
-    data = train.Pictures(train.Folder(tmp_path, "train"), 32, 0, False, False)
-    data.source.names = ["bomb.png", *data.source.names]
+    data = pictures_of([(f"{tmp_path}/bomb.png", "boom"), *train.folder(tmp_path, "train")])
     for i in range(len(data)):
         data[i]
-    assert [name for name, _ in data.skipped] == ["bomb.png"] and "decompression bomb" in data.skipped[0][1]
+    assert {name for name, _ in data.skipped} == {f"{tmp_path}/bomb.png"} and "decompression bomb" in data.skipped[0][1]
 
 
 # Shards
@@ -356,15 +364,15 @@ def test_every_format_trains(tmp_path, kind):
 def test_coco_takes_one_of_the_captions_each_time(tmp_path):
     if not (SHARED / "coco").exists():
         pytest.skip(f"needs the real pictures of {SHARED / 'coco'}")
-    sources = [train.Coco(SHARED / "coco", split) for split in ("train", "test")]
-    assert sum(map(len, sources)) == 24 and len(sources[1]) >= 1
+    found = {split: train.coco(SHARED / "coco", split) for split in ("train", "test")}
+    assert sum(map(len, found.values())) == 24 and len(found["test"]) >= 1
     listed = json.loads((SHARED / "coco" / "annotations" / "captions_train2017.json").read_text())
-    names = {image["id"]: image["file_name"] for image in listed["images"]}
-    for i in range(len(sources[0])):
-        own = {" ".join(note["caption"].split()) for note in listed["annotations"]
-               if sources[0].name(i).endswith(names[note["image_id"]])}
-        assert {sources[0].caption(i, np.random.default_rng(seed)) for seed in range(60)} == own and len(own) >= 4
-    picture, _ = train.Pictures(sources[0], 64, 0, False, False)[0]
+    files = {image["id"]: image["file_name"] for image in listed["images"]}
+    for entry in found["train"]:
+        data, own = pictures_of([entry], 64), {" ".join(note["caption"].split()) for note in listed["annotations"]
+                                               if entry[0].endswith(files[note["image_id"]])}
+        assert {data.caption(i) for i in range(60)} == own and len(own) >= 4
+    picture, _ = data[0]
     assert picture.shape == (64, 64, 3) and picture.std() > 10
 
 
@@ -378,11 +386,11 @@ def test_coco_with_splits_and_a_subset(tmp_path):
         for i in ids:
             if i != 3:  # a subset: not all pictures are there
                 bmp(RED).save(tmp_path / split / f"{i}.jpg")
-    training, testing = (train.Coco(tmp_path, split) for split in ("train", "test"))
-    assert [len(training), len(testing)] == [9, 4] and all("val2017/" in name for name in testing.names)
-    assert training.caption(0, np.random.default_rng(0)) in ("caption 0 of 0", "caption 1 of 0")
+    training, testing = (train.coco(tmp_path, split) for split in ("train", "test"))
+    assert [len(training), len(testing)] == [9, 4] and all("val2017/" in path for path, _ in testing)
+    assert training[0] == (f"{tmp_path}/train2017/0.jpg", "caption 0 of 0\ncaption 1 of 0")
     with pytest.raises(FileNotFoundError, match="captions_"):
-        train.Coco(tmp_path / "train2017", "train")
+        train.coco(tmp_path / "train2017", "train")
 
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -403,17 +411,17 @@ def test_cifar_folder_and_archive_agree(tmp_path):
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "x" / "cifar-10-batches-bin", "cifar-10-batches-bin")
     places = [tmp_path / "x", tmp_path / "x" / "cifar-10-batches-bin", tmp_path / "cifar-10-binary.tar.gz", tmp_path]
-    sets = [train.Pictures(train.Cifar(place, "train"), 64, 1, False, False) for place in places]
+    sets = [pictures_of(train.cifar(place, "train", "cifar10"), 64, seed=1) for place in places]
     for i in (0, 7, 49, 50, 123):
         picture, caption = sets[0][i]
         assert picture.shape == (64, 64, 3) and any(name in caption for name in CLASSES)
         for other in sets[1:]:
             assert (other[i][0] == picture).all() and other[i][1] == caption
     raw = np.fromfile(tmp_path / "x" / "cifar-10-batches-bin" / "data_batch_1.bin", np.uint8).reshape(-1, 3073)
-    data = train.Pictures(train.Cifar(tmp_path / "x", "train"), 32, 0, False, False)
+    data = pictures_of(train.cifar(tmp_path / "x", "train", "cifar10"))
     seen = {data[i][0].tobytes() for i in range(50)}
     assert seen == {r[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for r in raw}  # every picture once an epoch
-    record, _ = data.start(3)
+    record = [data[3][0].tobytes() == r[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for r in raw].index(True)
     assert CLASSES[raw[record, 0]] in data.caption(3)
 
 
@@ -439,12 +447,13 @@ def make_cifar100(folder):
 
 def test_cifar100_has_fine_labels(tmp_path):
     make_cifar100(tmp_path / "cifar-100-binary")
-    source = train.Cifar(tmp_path, "train", "cifar100")
-    assert source.caption(1, np.random.default_rng(3)).endswith("aquarium fish")
-    assert {source.caption(0, np.random.default_rng(i)) for i in range(40)} == {
+    found = train.cifar(tmp_path, "train", "cifar100")
+    assert found[1][1].split("\n")[3] == "a picture of an aquarium fish" and found[2][1].split("\n")[1] == "a baby"
+    data = pictures_of(found[:1])
+    assert {data.caption(i) for i in range(40)} == {
         "apple", "an apple", "a photo of an apple", "a picture of an apple", "a small photo of an apple"}
     raw = np.fromfile(tmp_path / "cifar-100-binary" / "train.bin", np.uint8).reshape(40, 3074)
-    assert (np.array(source.open(5)) == raw[5, 2:].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    assert (found[5][0] == raw[5, 2:].reshape(3, 32, 32).transpose(1, 2, 0)).all()
 
 
 # Archives and downloads
@@ -460,7 +469,7 @@ def test_no_member_of_an_archive_leaves_the_folder(tmp_path, name):
         tar.addfile(member, io.BytesIO(b""))
     before = {path for path in tmp_path.rglob("*")}
     with pytest.raises(ValueError, match="can't be unpacked|holds no"):
-        train.Cifar(tmp_path / "data", "train", "cifar100")
+        train.cifar(tmp_path / "data", "train", "cifar100")
     assert {path for path in tmp_path.rglob("*")} == before and not Path("/tmp/wuerstchen_evil.txt").exists()
 
 

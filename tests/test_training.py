@@ -318,7 +318,8 @@ def gradients(rank, ranks, folder, stage, out, halves):
     sys.stdout = sys.stderr = open(os.devnull, "w")
     if ranks > 1:
         distributed.init_process_group("gloo", init_method=f"file://{out}.group", rank=rank, world_size=ranks)
-    args = train.parse_args([stage, "--run", str(folder), "--batch-size", "16", "--cache", "64", "--precision", "float32"])
+    args = train.parse_args([stage, "--run", str(folder), "--batch-size", "16", "--cache", "64", "--precision",
+                             "float32"])
     options = train.read_options(folder)
     for name in ("preset", "data", "image_size", "seed", "crop", "flip"):
         setattr(args, name, options[name])
@@ -390,8 +391,9 @@ def test_two_processes_train_every_stage(tmp_path):
     folder_of(tmp_path / "data", 40)
     (tmp_path / "data" / "p001.png").write_bytes(b"bad")
     folder = tmp_path / "run"
-    process = torchrun("train.py", "--run-dir", folder, "--data", "folder", "--data-dir", tmp_path / "data", "--image-size",
-                       "32", "--steps", "3", "--batch-size", "8", "--accumulate", "2", "--cache", "64", "--log-every", "1")
+    process = torchrun("train.py", "--run-dir", folder, "--data", "folder", "--data-dir", tmp_path / "data",
+                       "--image-size", "32", "--steps", "3", "--batch-size", "8", "--accumulate", "2", "--cache", "64",
+                       "--log-every", "1")
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     rows = metrics(folder)
