@@ -3,6 +3,7 @@ Trains Würstchen from nothing, stage by stage:
 
     python train.py                                      everything: Shapes, 128 px; under 15 minutes on two CPU cores
     python train.py --data cifar10 --data-dir DIR --image-size 64 --run runs/cifar
+    python train.py --data folder --data-dir DIR --run runs/mine        pictures of one's own, with captions in .txt
     python train.py c --steps 5000                       one stage again, longer
 
 The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
@@ -15,11 +16,13 @@ What a run leaves in its folder:
     options.json                what the run was begun with
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
     STAGE.ckpt                  an unfinished stage, to go on from
-    semantic.pt                 what Stage C learns from
+    latents/, semantic/         what stages B and C learn from, computed once; the former goes when B is finished
     metrics.jsonl               a line every few steps: loss, pictures a second, and what a stage measures at its end
     sheets/                     pictures of how far it is
 
-Read it from top to bottom: the data sets, sheets of pictures, the training loop that all stages share, the stages.
+Read it from top to bottom: Shapes, which draws its own data; data sets on disk; sheets of pictures; what several
+processes share; the training loop of all stages; the stages; the command line. Who trains on Shapes, in one process,
+can pass over the second and the fourth.
 """
 
 import argparse
@@ -252,6 +255,7 @@ CIFAR = {  # folder, archive and its MD5, bytes of labels before the pixels (the
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 IN_A_ROW = 100  # bad pictures after which a data set gives up
 warnings.filterwarnings("ignore", module="PIL")  # what can't be read is named, the rest is read
+warnings.filterwarnings("ignore", message="caption cut")  # a data set may have thousands too long for a small model
 
 
 def cifar(place, split, data):
@@ -639,6 +643,52 @@ def make_sheet(rows, captions=None, gap=4):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun). Each has a copy of the networks and its share of every batch; DistributedDataParallel
+# averages their gradients. The rest of what must be shared is here.
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_all():
+    if ranks() > 1:
+        distributed.barrier()
+
+
+def gather(x):
+    """Rows (n, ...) of every process, n may differ -> rows of all (N, ...), the same everywhere; differentiable."""
+    if ranks() == 1:
+        return x
+    counts = torch.zeros(ranks(), dtype=torch.long, device=x.device)
+    counts[rank()] = len(x)
+    distributed.all_reduce(counts)
+    before, after = int(counts[:rank()].sum()), int(counts[rank() + 1:].sum())
+    return all_reduce(F.pad(x, (0, 0) * (x.dim() - 1) + (before, after)))
+
+
+def share_statistics(norm):
+    """Makes a BatchNorm in training use the mean and variance of all processes' pictures, so that the result doesn't
+    depend on how a batch is split. (nn.SyncBatchNorm does so on GPUs only.)"""
+    def forward(x):
+        if not norm.training:
+            return type(norm).forward(norm, x)
+        axes, rest = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
+        mean, square = all_reduce(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / ranks()
+        variance, count = square - mean.square(), x.numel() // x.shape[1] * ranks()
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        return (x * scale.view(rest) + (norm.bias - mean * scale).view(rest)).to(x.dtype)
+    norm.forward = forward
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The training loop that all stages share.
 
 
@@ -665,10 +715,14 @@ class Run:
     """What every stage needs: the options, the model so far, the data, the log."""
 
     def __init__(self, args):
-        self.args, self.device, self.folder, self.model, self.config = args, args.device, Path(args.run), None, None
+        self.args, self.device, self.folder = args, args.device, Path(args.run)
         self.rank, self.ranks = rank(), ranks()
         self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
         self.seen, self.failures, self.skipped = 0, 0, {}
+
+    def take(self, model, given):
+        """The networks so far; given: the stage goes on from weights of its own."""
+        self.model, self.config, self.given = model, model.config, given
 
     def recipe(self, stage):
         recipe = RECIPES[self.args.preset][stage]
@@ -724,6 +778,7 @@ class Run:
         kept = read_json(folder / "made_of.json") if (folder / "made_of.json").exists() else {}
         if kept.get("options") != options:
             folder.mkdir(exist_ok=True)
+            (folder / "made_of.json").unlink(missing_ok=True)  # written anew when all else is
             share = max(1, 64 // self.ranks)  # pictures of a batch that are this process's
             steps, files, shapes = -(-self.args.cache // (share * self.ranks)), {}, {}
             batches = self.batches(self.train_data, share * self.ranks, 0, steps)
@@ -768,50 +823,6 @@ class Run:
         folder = self.folder / "sheets"
         folder.mkdir(exist_ok=True)
         make_sheet(rows, captions).save(folder / f"{stage}_{step:06d}.png")
-
-
-# Several processes (torchrun): each has a copy of the networks and its share of every batch; gradients are averaged.
-
-
-def rank():
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def ranks():
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def wait_for_all():
-    if ranks() > 1:
-        distributed.barrier()
-
-
-def gather(x):
-    """Rows (n, ...) of every process, n may differ -> rows of all (N, ...), the same everywhere; differentiable."""
-    if ranks() == 1:
-        return x
-    counts = torch.zeros(ranks(), dtype=torch.long, device=x.device)
-    counts[rank()] = len(x)
-    distributed.all_reduce(counts)
-    before, after = int(counts[:rank()].sum()), int(counts[rank() + 1:].sum())
-    return all_reduce(F.pad(x, (0, 0) * (x.dim() - 1) + (before, after)))
-
-
-def share_statistics(norm):
-    """Makes a BatchNorm in training use the mean and variance of all processes' pictures, so that the result doesn't
-    depend on how a batch is split. (nn.SyncBatchNorm does so on GPUs only.)"""
-    def forward(x):
-        if not norm.training:
-            return type(norm).forward(norm, x)
-        axes, rest = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
-        mean, square = all_reduce(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / ranks()
-        variance, count = square - mean.square(), x.numel() // x.shape[1] * ranks()
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
-        scale = norm.weight * (variance + norm.eps).rsqrt()
-        return (x * scale.view(rest) + (norm.bias - mean * scale).view(rest)).to(x.dtype)
-    norm.forward = forward
 
 
 class Objective(nn.Module):
@@ -1176,11 +1187,12 @@ def train_c(run):
         return dict(semantic=model.compress(images), ids=ids, mask=mask)
 
     arrays = run.cached("semantic", compute)
+    # Measured for given weights too: at another size, the same C then learns in half the steps. Early on, a channel may
+    # be constant.
+    semantic = arrays["semantic"]
+    model.c.latent_mean.copy_(torch.from_numpy(semantic.mean(axis=(0, 1, 2))))
+    model.c.latent_std.copy_(torch.from_numpy(semantic.std(axis=(0, 1, 2)).clip(1e-3)))
     if not run.given:
-        semantic = arrays["semantic"]
-        model.c.latent_mean.copy_(torch.from_numpy(semantic.mean(axis=(0, 1, 2))))
-        # Early on, a channel may be constant.
-        model.c.latent_std.copy_(torch.from_numpy(semantic.std(axis=(0, 1, 2)).clip(1e-3)))
         model.text = copy.deepcopy(model.text_b)
     network = nn.ModuleDict(dict(text=model.text, c=model.c))
     no_ids, no_mask = run.tokens([""])
@@ -1367,7 +1379,7 @@ def main(argv=None):
 
     start = time.time()
     if rank() == 0:
-        held = lock(folder)  # noqa: until main returns
+        held = lock(folder)  # noqa: F841, until main returns
         if args.download:
             _, archive, md5, *_ = CIFAR[args.data]
             if not (path := Path(args.data_dir) / archive).exists():
@@ -1381,10 +1393,9 @@ def main(argv=None):
         if args.stage == "all" and (folder / f"{stage}.pt").exists():
             print(f"stage {stage}: finished before")
             continue
-        run.given = args.init_from is not None and (folder / f"{stage}.pt").exists()
+        given = args.init_from is not None and (folder / f"{stage}.pt").exists()
         torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
-        run.model = Wuerstchen.load(folder, NEEDS[stage] + (stage,) * run.given).to(args.device)
-        run.config = run.model.config
+        run.take(Wuerstchen.load(folder, NEEDS[stage] + (stage,) * given).to(args.device), given)
         TRAIN[stage](run)
         if rank() == 0:
             finish(run, stage)
@@ -1411,7 +1422,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}")  # after a worker process's traceback
     except KeyboardInterrupt:  # between the training loops, which save first
         print("stopped: the same command goes on", file=sys.stderr)
         sys.exit(130)
