@@ -14,6 +14,7 @@ What a run leaves in its folder:
     config.json, tokenizer/     sizes and vocabulary
     options.json                what the run was begun with
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
+    clip.pt                     the contrastive model whole, by which `sample.py --score` judges
     STAGE.ckpt                  an unfinished stage, to go on from
     semantic.pt                 what Stage C learns from
     metrics.jsonl               a line every few steps: loss, pictures a second, and what a stage measures at its end
@@ -543,6 +544,7 @@ def train_text(run):
         run.log(stage="text", step=step, **numbers)
 
     clip = fit(run, "text", CLIP(run.config).to(run.device), run.train_batches, loss_of, measure)
+    save_whole(run.folder / "clip.pt", clip.state_dict())  # whole, for `sample.py --score`
     run.model.text_b = clip.text
     run.model.compressor.backbone = clip.image  # where Stage B's compressor starts
 

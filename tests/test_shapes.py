@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sample import check, find_blobs, whole
+from score import check, find_blobs, whole
 from train import (BACKGROUNDS, COLOURS, HELD_OUT, OUTLINES, RELATIONS, SIZES, SPLITS, TINT, Shapes, draw, parse,
                    split_of)
 

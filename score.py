@@ -1,0 +1,412 @@
+"""
+How good a run is: `python sample.py --score`, one table, and `--sweep`, how the figures move with the settings.
+
+Read it from top to bottom: the formulas, the judge that applies them to drawn pictures, the two commands and, last, the
+checker of Shapes, which reads a picture, pixels only, and says which attributes of a caption it shows.
+"""
+
+import copy
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+
+from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, make_sheet, open_data, parse, read_options)
+from wuerstchen import CLIP, codebook_usage, resize
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formulas. Pictures are (N, H, W, 3) in [0, 1].
+
+
+def psnr(pictures, others):
+    """Peak signal to noise in dB of each pair of pictures -> (N,)"""
+    return -10 * (pictures - others).square().mean(dim=(1, 2, 3)).log10()
+
+
+def ssim(pictures, others):
+    """Structural similarity of each pair of pictures, at least 11 px wide and high (Wang et al., 2004): a Gaussian
+    window of 11 pixels, sigma 1.5, where it lies wholly in the picture; K1 0.01, K2 0.03; mean over channels -> (N,)"""
+    window = torch.exp(-(torch.arange(11, device=pictures.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    window = window / window.sum()
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+
+    x, y = (p.movedim(-1, 1).flatten(0, 1)[:, None].float() for p in (pictures, others))  # every channel a picture
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, both = blur(x * x) - mean_x ** 2, blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    similar = (2 * mean_x * mean_y + c1) * (2 * both + c2) / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2))
+    return similar.view(len(pictures), -1).mean(dim=1)
+
+
+def frechet(x, y):
+    """Fréchet distance between two sets of features, seen as two normal distributions: |difference of means|² +
+    trace(S1 + S2 - 2·(S1·S2)^½) (Heusel et al., 2017). It falls with the number of pictures: compare equal numbers
+    only. x (N, F), y (M, F) -> float"""
+    x, y = x.double().cpu(), y.double().cpu()
+    s1, s2 = torch.cov(x.T).view(x.shape[1], -1), torch.cov(y.T).view(x.shape[1], -1)
+    # S1·S2 has the eigenvalues of the symmetric S1^½·S2·S1^½. For few pictures many are 0, or by rounding below.
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+
+
+def wilson(right, count):
+    """95 % confidence interval of a share, `right` of `count` (Wilson, 1927) -> (low, high)"""
+    z, share = 1.959964, right / count
+    middle = (share + z ** 2 / (2 * count)) / (1 + z ** 2 / count)
+    half = z / (1 + z ** 2 / count) * (share * (1 - share) / count + z ** 2 / (4 * count ** 2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge and the two commands.
+
+ATTRIBUTES = ("colour", "shape", "size", "relation", "background", "count")
+
+
+def check_all(images, captions):
+    """The checker's shares over drawn pictures (N, H, W, 3) -> {attribute: share, "whole": share,
+    "whole_95": (low, high)}"""
+    pictures = (images * 255).round().byte().cpu().numpy()
+    answers = [check(picture, caption) for picture, caption in zip(pictures, captions)]
+    truths = {key: [truth for answer in answers for truth in answer[key]] for key in ATTRIBUTES}
+    shares = {key: float(np.mean(found)) for key, found in truths.items() if found}
+    right = sum(map(whole, answers))
+    return shares | {"whole": right / len(captions), "whole_95": wilson(right, len(captions))}
+
+
+def inception(path, device):
+    """The features of an Inception network that was saved as TorchScript, as StyleGAN's inception-2015-12-05.pt: it is
+    called with pictures (N, 3, H, W) uint8 and return_features=True -> function of images (N, H, W, 3) in [0, 1].
+    ValueError if the file is something else."""
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+        network.forward.schema  # an ordinary checkpoint of tensors has none
+    except (RuntimeError, ValueError, OSError, AttributeError):
+        raise ValueError(f"can't read {path} as a TorchScript file") from None
+    return lambda images: network((images * 255).round().byte().permute(0, 3, 1, 2), return_features=True)
+
+
+class Judge:
+    """What drawn pictures are held against: the run's own test pictures, and its contrastive model if it kept it."""
+
+    def __init__(self, model, args):
+        options = KEPT | read_options(args.run) | {"image_size": model.config.image_size}
+        self.model, self.count = model, args.score_count
+        self.data = lambda split: open_data(Namespace(**options), split)
+        self.shapes = options["data"] == "shapes"
+        path, self.clip = Path(args.run) / "clip.pt", None
+        if path.exists():
+            self.clip = CLIP(model.config).to(model.device).eval()
+            self.clip.load_state_dict(torch.load(path, map_location=model.device, weights_only=True))
+        self.features = inception(args.inception, model.device) if args.inception else self.clip and self.image_tower
+        self.features_of = Path(args.inception).name if args.inception else "the run's image tower"
+
+    def small(self, images):
+        """Pictures as the contrastive model was trained on them."""
+        side = max(32, self.model.config.image_size // 2)
+        return resize(images, side, side)
+
+    def image_tower(self, images):
+        return self.clip.image(self.small(images)).mean(dim=(1, 2))
+
+    def clip_score(self, images, captions):
+        """100 times the cosine between pictures and their captions, 0 where it is negative (Hessel et al., 2021)
+        -> (N,)"""
+        ids, mask = (x.to(images.device) for x in self.model.tokenizer(captions))
+        cosine = self.clip(self.small(images), ids, mask).diag() / self.clip.logit_scale.exp().clamp(max=100)
+        return 100 * cosine.clamp(min=0)
+
+    def examples(self, split, first=0):
+        """`count` pictures of the run's data set -> images (N, H, W, 3) in [0, 1], N captions"""
+        data = self.data(split)
+        pictures, captions = zip(*(data[i] for i in range(first, first + self.count)))
+        return torch.from_numpy(np.stack(pictures)) / 255, list(captions)
+
+    def by(self, function, *of):
+        """A function of pictures (and captions), called on 32 at a time -> its results, joined"""
+        parts = [function(*(x[i:i + 32].to(self.model.device) if torch.is_tensor(x) else x[i:i + 32] for x in of))
+                 for i in range(0, len(of[0]), 32)]
+        return torch.cat(parts).float().cpu()
+
+    @torch.no_grad()
+    def __call__(self, images, captions, real):
+        """What can be said of drawn pictures, given the captions and as many real ones -> {name: number}"""
+        numbers = check_all(images, captions) if self.shapes else {}
+        if self.clip:
+            numbers["clip_score"] = self.by(self.clip_score, images, captions).mean().item()
+        if self.features:
+            numbers["frechet"] = frechet(self.by(self.features, images), self.by(self.features, real))
+        return numbers
+
+
+def percent(share):
+    return f"{share:.1%}"
+
+
+# What tables show of a row's numbers: title and format.
+COLUMNS = {**{name: (name, percent) for name in (*ATTRIBUTES, "whole")},
+           "whole_95": ("95 %", lambda ends: " to ".join(map(percent, ends))),
+           "clip_score": ("CLIP", "{:.1f}".format), "frechet": ("Fréchet", "{:.2f}".format),
+           "psnr": ("PSNR", "{:.1f}".format), "ssim": ("SSIM", "{:.3f}".format)}
+
+
+def print_table(title, rows):
+    """rows: {name: {column: number}}; a column that no row has is left out"""
+    columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+    widths = [18 if column == "whole_95" else max(8, len(COLUMNS[column][0]) + 2) for column in columns]
+
+    def line(name, cells):
+        print(f"{name!s:22}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+
+    line(title, [COLUMNS[column][0] for column in columns])
+    for name, row in rows.items():
+        line(name, [COLUMNS[column][1](row[column]) if column in row else "" for column in columns])
+
+
+def finish(judge, args, name, numbers):
+    """What there is to say under the tables; keeps the numbers in the run's folder."""
+    print(f"{judge.count} pictures each, captions and pictures never trained on.")
+    if judge.clip:
+        print("CLIP: 100 times the cosine between picture and caption, by the run's own contrastive model.")
+    if judge.features:
+        print(f"Fréchet: distance to {judge.count} other pictures of the data set, in the features of "
+              f"{judge.features_of}; it depends on their number.")
+    if not judge.clip:
+        print(f"No {'CLIP score' if judge.features else 'CLIP score and Fréchet distance'}: {args.run} has no clip.pt "
+              "(python train.py text makes it).")
+    path = Path(args.run) / name
+    settings = {key: getattr(args, key) for key in ("seed", "steps_c", "timesteps", "cfg", "steps_b", "cfg_b",
+                                                    "sampler", "negative", "inception")}
+    path.write_text(json.dumps(dict(pictures=judge.count, settings=settings, **numbers), indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+@torch.no_grad()
+def score(model, args, draw):
+    """Prints what a run is worth, on captions and pictures that it was never trained on, and keeps it in its folder's
+    score.json. draw(model, args, prompts, quiet) -> images (N, H, W, 3) in [0, 1]"""
+    judge, rows = Judge(model, args), {}
+    for name, split in {"drawn": "test", "drawn, held-out pairs": "heldout"}.items():
+        if split == "test" or judge.shapes:
+            captions, real = judge.examples(split)[1], judge.examples(split, first=judge.count)[0]
+            rows[name] = judge(draw(model, args, captions, quiet=True), captions, real)
+
+    def rebuild(images, seed, captions=None):
+        return model.vary(images, captions, seed=seed, steps_b=args.steps_b, guidance_b=args.cfg_b,
+                          sampler=args.sampler)
+
+    images, captions = judge.examples("test")
+    real, seeds = judge.examples("test", first=judge.count)[0], range(args.seed, args.seed + judge.count)
+    for name, pictures in {"rebuilt by B and A": judge.by(rebuild, images, seeds),
+                           "same, B told captions": judge.by(rebuild, images, seeds, captions),
+                           "rebuilt by A": judge.by(lambda x: model.a(x)[0].clamp(0, 1), images)}.items():
+        rows[name] = judge(pictures, captions, real) | {"psnr": psnr(pictures, images).mean().item(),
+                                                        "ssim": ssim(pictures, images).mean().item()}
+    rows["the pictures"] = judge(images, captions, real)
+    codes = judge.by(lambda x: model.a(x)[2], images).long()
+    usage, perplexity = codebook_usage(codes, model.config.a.codebook_size)
+    print_table("", rows)
+    print(f"Codebook: {usage:.1%} in use, perplexity {perplexity:.0f} of {model.config.a.codebook_size}.")
+    finish(judge, args, "score.json", dict(rows=rows, codebook=dict(usage=usage, perplexity=perplexity)))
+
+
+SWEEP = {"cfg": ("guidance of C", (1, 2, 4, 7, 10)), "steps_c": ("steps of C", (5, 10, 20, 30, 60)),
+         "steps_b": ("steps of B", (2, 4, 8, 12, 20))}
+
+
+def sweep(model, args, draw):
+    """Prints how the figures move with one setting at a time, keeps them in the run's sweep.json, and draws one caption
+    with each guidance (across) and number of Stage C's steps (down), all from one seed -> PIL image"""
+    judge, tables = Judge(model, args), {}
+    captions, real = judge.examples("test")[1], judge.examples("test", first=judge.count)[0]
+
+    def drawn(prompts, **settings):
+        changed = copy.copy(args)
+        vars(changed).update(settings, **({"timesteps": None} if "steps_c" in settings else {}))
+        return draw(model, changed, prompts, quiet=True)
+
+    for name, (title, values) in SWEEP.items():
+        tables[name] = {value: judge(drawn(captions, **{name: value}), captions, real) for value in values}
+        print_table(title, tables[name])
+        print()
+    finish(judge, args, "sweep.json", tables)
+    prompt, (_, guidances), (_, steps) = (args.prompts or captions)[0], SWEEP["cfg"], SWEEP["steps_c"]
+    rows = [torch.cat([drawn([prompt], cfg=cfg, steps_c=n) for cfg in guidances]) for n in steps]
+    print(f"grid: {prompt!r}; down: {', '.join(map(str, steps))} steps of C")
+    return make_sheet(rows, [f"guidance {cfg}" for cfg in guidances])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The checker of Shapes.
+
+GRID = 128          # every picture is brought to this side first: all lengths below are in its pixels
+MIN_AREA = 60       # smaller blobs are specks, not objects (the smallest object, a small star, has 170)
+MAX_DISTANCE = 70   # RGB distance beyond which a colour is none of ours
+MIN_OVERLAP = 0.75  # intersection over union below which a shape is none of ours; a good drawing has 0.86 to 1
+BIG_RADIUS = GRID * (SIZES["small"][1] + SIZES["big"][0]) / 2  # midway
+
+
+@dataclass
+class Blob:
+    colour: str    # or None
+    shape: str     # or None
+    size: str
+    centre: tuple  # (x, y) of the bounding box, in pixels of the grid
+
+
+def nearest(rgb, palette):
+    """The name of the palette's colour nearest to rgb, or None if it is far from all."""
+    distance = {name: np.linalg.norm(np.subtract(rgb, colour)) for name, colour in palette.items()}
+    name = min(distance, key=distance.get)
+    return name if distance[name] < MAX_DISTANCE else None
+
+
+def paint(pixels, background):
+    """Which colour every pixel is painted with: ints (GRID, GRID), 0 for background, else 1 + its place in COLOURS.
+
+    A pixel on an object's edge is a mix of its colour and the background. Seen
+    from the background the mix lies in the colour's direction, only nearer, so
+    directions tell colours apart on soft edges too, where distances would not.
+    """
+    towards = np.array(list(COLOURS.values()), np.float32) - background
+    length = np.maximum(np.linalg.norm(towards, axis=1), 80)  # at least 80: a background may be of one of our colours
+    along = (pixels - background) @ (towards / length[:, None]).T
+    kind = along.argmax(axis=-1)
+    more_than_half = along.max(axis=-1) > 0.5 * length[kind]
+    return np.where(more_than_half, kind + 1, 0)
+
+
+def components(kind):
+    """Label connected pixels of one kind alike: ints like kind, 0 where kind is 0."""
+    label = np.where(kind > 0, np.arange(1, kind.size + 1).reshape(kind.shape), 0)
+    down, right = kind[1:] == kind[:-1], kind[:, 1:] == kind[:, :-1]
+    while True:
+        before = label.copy()
+        for a, b, same in ((label[1:], label[:-1], down), (label[:, 1:], label[:, :-1], right)):
+            np.minimum(a, b, out=a, where=same)
+            np.minimum(a, b, out=b, where=same)
+        # A label is also the place of a pixel: taking over that pixel's label
+        # doubles the way labels travel in each round.
+        label = np.append(0, label)[label]
+        if (label == before).all():
+            return label
+
+
+def normalised(mask):
+    """A bool mask moved and scaled to one centre and one area, in a picture (32, 32): floats 0..1.
+
+    Centre of mass and area hardly change when a picture is so soft that a star
+    loses its tips; its bounding box would.
+    """
+    ys, xs = np.nonzero(mask)
+    x, y, half = xs.mean() + 0.5, ys.mean() + 0.5, len(xs) ** 0.5
+    window = Image.fromarray(np.float32(mask)).transform(
+        (32, 32), Image.Transform.EXTENT, (x - half, y - half, x + half, y + half), Image.Resampling.BILINEAR)
+    return np.asarray(window)
+
+
+def templates():
+    """(shape, normalised mask, area for radius 1) of each shape, once sharp and once with its points softened."""
+    found = []
+    for shape, outline in OUTLINES.items():
+        canvas = Image.new("L", (240, 240))
+        ImageDraw.Draw(canvas).polygon((100 * outline + 120).ravel().tolist(), fill=255)
+        for softness in (0, 15):
+            mask = np.array(canvas.filter(ImageFilter.GaussianBlur(softness))) > 127
+            found.append((shape, normalised(mask), mask.sum() / 100 ** 2))
+    return found
+
+
+TEMPLATES = templates()
+
+
+def find_blobs(pixels, background):
+    """The objects of a picture (GRID, GRID, 3), largest first."""
+    kind = np.pad(paint(pixels, background), 1)
+    # Start from cores, pixels with at least six of their eight neighbours of their
+    # kind, and grow them over the rest: objects that touch stay two, and a rim
+    # that compression has coloured differently goes to its object.
+    core, inner = np.zeros_like(kind), kind[1:-1, 1:-1]
+    alike = sum(np.int8(kind[y:y + GRID, x:x + GRID] == inner) for y in range(3) for x in range(3))
+    core[1:-1, 1:-1] = np.where(alike >= 7, inner, 0)
+    seed = components(core)
+    label = seed.copy()
+    for _ in range(6):  # enough for the tips of a star
+        spread = np.zeros_like(label)
+        spread[1:-1, 1:-1] = np.max([label[:-2, 1:-1], label[2:, 1:-1], label[1:-1, :-2], label[1:-1, 2:]], axis=0)
+        label = np.where((label == 0) & (kind > 0), spread, label)
+    blobs = []
+    names, areas = np.unique(label[label > 0], return_counts=True)
+    for i in areas.argsort()[::-1]:
+        if areas[i] < MIN_AREA:
+            break
+        mask = label == names[i]
+        form = normalised(mask)
+        overlap, shape, unit = max((np.minimum(form, t).sum() / np.maximum(form, t).sum(), shape, unit)
+                                   for shape, t, unit in TEMPLATES)
+        ys, xs = np.nonzero(mask)
+        blobs.append(Blob(
+            colour=nearest(np.median(pixels[seed[1:-1, 1:-1] == names[i]], axis=0), COLOURS),
+            shape=shape if overlap > MIN_OVERLAP else None,
+            size="big" if (areas[i] / unit) ** 0.5 > BIG_RADIUS else "small",
+            centre=((xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2)))
+    return blobs
+
+
+def check(image, caption):
+    """What a picture shows of its caption: {"colour": [True, False], "shape": [...], ...}.
+
+    image: uint8 array (side, side, 3). The answer lists one truth for every
+    attribute that the caption names, under "colour", "shape", "size",
+    "relation" and "background", and one under "count": whether there are
+    exactly as many objects as named. The picture is right if all are true.
+    Raises ValueError for a caption outside the grammar.
+    """
+    scene = parse(caption)
+    pixels = np.asarray(Image.fromarray(image).resize((GRID, GRID), Image.BILINEAR), np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(border, axis=0)
+    blobs = find_blobs(pixels, background)
+
+    def agreement(thing, blob):
+        size, colour, shape = thing
+        truths = {"colour": blob is not None and blob.colour == colour,
+                  "shape": blob is not None and blob.shape == shape}
+        return truths | ({"size": blob is not None and blob.size == size} if size else {})
+
+    # Give each named object the blob that makes most of the caption true; None where there are too few.
+    choices = blobs[:4] + [None] * (len(scene.objects) - len(blobs))
+    chosen = max(permutations(choices, len(scene.objects)),
+                 key=lambda some: sum(sum(agreement(*pair).values()) for pair in zip(scene.objects, some)))
+    answer = {"colour": [], "shape": [], "size": [], "relation": [], "background": [],
+              "count": [len(blobs) == len(scene.objects)]}
+    for pair in zip(scene.objects, chosen):
+        for attribute, truth in agreement(*pair).items():
+            answer[attribute].append(truth)
+    if scene.relation:
+        answer["relation"].append(None not in chosen and related(chosen[0].centre, chosen[1].centre, scene.relation))
+    if scene.background:
+        answer["background"].append(nearest(background, BACKGROUNDS) == scene.background)
+    return answer
+
+
+def related(first, second, relation):
+    """Whether the way from the second centre to the first leads mostly in the relation's direction."""
+    dx, dy = np.subtract(first, second)
+    step_x, step_y = RELATIONS[relation]
+    along, across = (dx * step_x, dy) if step_x else (dy * step_y, dx)
+    return bool(along > abs(across))
+
+
+def whole(answer):
+    return all(all(truths) for truths in answer.values())
