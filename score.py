@@ -242,8 +242,11 @@ def sweep(model, args, draw):
     finish(judge, args, "sweep.json", tables)
     prompt, (_, guidances), (_, steps) = (args.prompts or captions)[0], SWEEP["cfg"], SWEEP["steps_c"]
     rows = [torch.cat([drawn([prompt], cfg=cfg, steps_c=n) for cfg in guidances]) for n in steps]
-    print(f"grid: {prompt!r}; down: {', '.join(map(str, steps))} steps of C")
-    return make_sheet(rows, [f"guidance {cfg}" for cfg in guidances])
+    for i, n in enumerate(steps):  # in front of each row, a white picture that names it
+        label = Image.new("RGB", rows[i].shape[2:0:-1], "white")
+        ImageDraw.Draw(label).text((4, label.height // 2), f"{n} steps of C", "black")
+        rows[i] = torch.cat([torch.from_numpy(np.array(label))[None] / 255, rows[i]])
+    return make_sheet(rows, [prompt, *(f"guidance {cfg}" for cfg in guidances)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
