@@ -2,10 +2,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import sample as script
-from small import make_model, make_run, shapes
+from small import make_model, make_run, one_core, shapes
 from train import to_picture
 from wuerstchen import FAST_TIMES, add_noise, alpha_bar, normal_noise, sample, timesteps
 
@@ -198,7 +199,7 @@ def test_fill_leaves_the_rest(model):
     images, masks = shapes(2), halves()
     filled = model.fill(images, masks, PROMPTS[:2], seed=1, **FEW)
     by_a = model.a.decode(model.a.encode(images)).detach().clamp(0, 1)
-    near = torch.nn.functional.max_pool2d(masks[:, None].float(), 41, 1, 20)[:, 0].bool()
+    near = F.max_pool2d(masks[:, None].float(), 41, 1, 20)[:, 0].bool()
     assert near.float().mean() < 0.9
     assert (filled - by_a)[~near].abs().max() < 1e-5  # beyond the reach of Stage A's decoder: exactly
     away, error = (filled - images)[~masks].abs().mean(), (by_a - images)[~masks].abs().mean()
