@@ -151,10 +151,11 @@ def test_redraw_goes_from_the_reconstruction_to_plain_drawing(model):
 
 
 def test_redraw_begins_at_its_strength(model):
-    seen = []
-    model.redraw(shapes(1), PROMPTS[:1], 0.6, seed=2, callback=lambda step, t, x, stage: seen.append((stage, t.item())),
-                 **FEW)
-    assert [t for stage, t in seen if stage == "c"] == pytest.approx([0.6, 0.5, 0.25])
+    for strength, times in ((0.6, [0.6, 0.5, 0.25]), (0.5, [0.5, 0.25]), (0.1, [0.1])):
+        seen = []
+        model.redraw(shapes(1), PROMPTS[:1], strength, seed=2, **FEW,
+                     callback=lambda step, t, x, stage: seen.append((stage, t.item())))
+        assert [t for stage, t in seen if stage == "c"] == pytest.approx(times)
     for bad in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="strength must be between 0 and 1"):
             model.redraw(shapes(1), PROMPTS[:1], bad)
@@ -228,6 +229,15 @@ def test_fill_redraws_the_cells_that_the_mask_touches(model, monkeypatch):
     assert (~given["keep_b"][1]).nonzero().tolist() == [[0, 7, 11, 0]]
     torch.testing.assert_close(given["keep_c"][0], model.compress(shapes(1)))
     torch.testing.assert_close(given["keep_b"][0] * model.a.scale, model.a.encode(shapes(1)))
+
+
+def test_fill_keeps_semantic_cells_too(model, monkeypatch):
+    images, given, sample_b = shapes(2), [], model.sample_b
+    monkeypatch.setattr(model, "sample_b", lambda semantic, *more, **o: given.append(semantic) or
+                        sample_b(semantic, *more, **o))
+    model.fill(images, halves(), PROMPTS[:2], seed=1, **FEW)
+    same = (given[0] - model.compress(images)).abs().amax(dim=-1) < 1e-4
+    assert same.tolist() == [[[True, False], [True, False]], [[True, True], [False, True]]]
 
 
 def test_film_ends_in_the_picture(model):
