@@ -15,6 +15,7 @@ What a run leaves in its folder:
     config.json, tokenizer/     sizes and vocabulary
     options.json                what the run was begun with
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
+    clip.pt                     the contrastive model whole, by which `sample.py --score` judges
     STAGE.ckpt                  an unfinished stage, to go on from
     latents/, semantic/         what stages B and C learn from, computed once; the former goes when B is finished
     metrics.jsonl               a line every few steps: loss, pictures a second, and what a stage measures at its end
@@ -1066,6 +1067,8 @@ def train_text(run):
     clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # the latter is where Stage B's starts
     clip = fit(run, "text", clip.to(run.device), run.train_batches, loss_of, measure)
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
+    if run.rank == 0:
+        save_whole(run.folder / "clip.pt", clip.state_dict())
 
 
 def train_a(run):

@@ -857,19 +857,37 @@ def ddpm_step(x, noise, t, t_next, fresh):
     return mean + std * fresh * (t_next != 0)
 
 
+def denoised(x, noise, t):
+    """x (B, ...) at time t without the predicted noise: what the network takes the clean latents for"""
+    now = alpha_bar(t)
+    return (x - (1 - now).sqrt() * noise) / now.sqrt()
+
+
 def ddim_step(x, noise, t, t_next):
     """One deterministic step (Song et al., 2021) from time t to t_next < t -> x at t_next"""
-    now, after = alpha_bar(t), alpha_bar(t_next)
-    clean = (x - (1 - now).sqrt() * noise) / now.sqrt()
-    return after.sqrt() * clean + (1 - after).sqrt() * noise
+    after = alpha_bar(t_next)
+    return after.sqrt() * denoised(x, noise, t) + (1 - after).sqrt() * noise
 
 
 def normal_noise(shape, generator, device):
     """Normal noise (B, H, W, C), drawn in NCHW order and on the generator's device: one seed, one picture, wherever the
-    model runs and however it lays out its memory."""
+    model runs and however it lays out its memory. generator: one for the batch (None: PyTorch's own), or a list of B,
+    from each of which one picture is drawn, whatever else is in the batch."""
     B, H, W, C = shape
+    if isinstance(generator, list):
+        return torch.cat([normal_noise((1, H, W, C), one, device) for one in generator])
     noise = torch.randn(B, C, H, W, generator=generator, device=generator.device if generator else device)
     return noise.to(device).permute(0, 2, 3, 1)
+
+
+def generators(seed, count):
+    """seed: None, an int for a batch, or a list of `count` ints (or generators), one a picture -> what `normal_noise`
+    takes. ValueError if their number differs."""
+    if seed is None or isinstance(seed, (int, torch.Generator)):
+        return torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    if len(seed) != count:
+        raise ValueError(f"{count} pictures, but {len(seed)} seeds")
+    return [generators(one, 1) for one in seed]
 
 
 # The authors' short list for Stage C: 19 steps down to t = 2/3, ten more to 0.
@@ -877,31 +895,49 @@ FAST_TIMES = [1 - i / 57 for i in range(20)] + [(10 - i) / 15 for i in range(1, 
 
 
 def timesteps(steps, device):
-    """steps: how many, evenly spaced, or the falling times themselves, from 1 to 0 -> tensor (steps + 1,)"""
+    """steps: how many, evenly spaced from 1 to 0, or the times themselves, falling from at most 1 to 0, else ValueError
+    -> tensor (steps + 1,)"""
     if isinstance(steps, int):
+        if steps < 1:
+            raise ValueError(f"at least 1 step is needed, not {steps}")
         return torch.linspace(1, 0, steps + 1, device=device)
-    return torch.tensor(steps, dtype=torch.float32, device=device)
+    times = torch.tensor(steps, dtype=torch.float32, device=device)
+    if len(times) < 2 or times[0] > 1 or times[-1] != 0 or not (times.diff() < 0).all():
+        raise ValueError(f"timesteps must fall from at most 1 to 0, not {', '.join(f'{t:g}' for t in steps)}")
+    return times
 
 
 @torch.no_grad()
-def sample(network, shape, timesteps, conditions, guidance=1.0, generator=None, sampler="ddpm", progress=iter):
+def sample(network, shape, timesteps, conditions, guidance=1.0, generator=None, sampler="ddpm", progress=iter,
+           start=None, keep=None, callback=lambda step, t, x: None):
     """From noise to latents.
 
     network(x, t, *conditions) gives the noise; shape (B, H, W, C); timesteps: falling tensor from 1 to 0 (n + 1,);
     guidance > 1: `conditions` hold 2·B rows, the conditional ones first, and the result is pushed away from the
-    unconditional prediction (Ho and Salimans, 2022). sampler: "ddpm" or "ddim" -> (B, H, W, C)"""
+    unconditional prediction (Ho and Salimans, 2022). sampler: "ddpm" or "ddim". start (B, H, W, C): latents to begin
+    with, noised to the first of the times, instead of noise alone (Meng et al., 2022). keep: known latents
+    (B, H, W, C) and a bool mask (B, H, W, 1), where to put them back after each step, noised to its level (as Lugmayr
+    et al., 2022, do). callback(step, t, x) after each step: x is what the network, at time t, takes the clean latents
+    for -> (B, H, W, C)"""
     device = timesteps.device
-    x = normal_noise(shape, generator, device)
-    for t, t_next in progress(list(zip(timesteps[:-1], timesteps[1:]))):
+    first = x = normal_noise(shape, generator, device)
+    if start is not None:
+        x = add_noise(start, x, timesteps[:1])
+    for step, (t, t_next) in enumerate(progress(list(zip(timesteps[:-1], timesteps[1:])))):
         if guidance > 1:
             noise, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), *conditions).chunk(2)
             noise = torch.lerp(unconditional, noise, guidance)
         else:
             noise = network(x, t.expand(len(x)), *conditions)
+        estimate = denoised(x, noise, t)
         if sampler == "ddpm":
             x = ddpm_step(x, noise, t, t_next, normal_noise(shape, generator, device))
         else:
             x = ddim_step(x, noise, t, t_next)
+        if keep is not None:  # always the same noise: it takes no random numbers from what is drawn beside it
+            known, mask = keep
+            x = torch.where(mask, add_noise(known, first, t_next.view(1)) if t_next > 0 else known, x)
+        callback(step, t, estimate)
     return x
 
 
@@ -991,17 +1027,34 @@ class Wuerstchen(nn.Module):
             return text(ids.to(self.device), mask.to(self.device)).float()
 
     def compress(self, images):
-        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16)"""
+        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16). ValueError where a side is no multiple of
+        `config.stride`, or the published compressor isn't there."""
+        H, W = images.shape[1:3]
+        if H % self.config.stride or W % self.config.stride:
+            raise ValueError(f"picture sides must be multiples of {self.config.stride}, not {H}x{W}")
+        if self.compressor is None:
+            raise ValueError("no EfficientNetEncoder beside the snapshots: it compresses pictures")
         with self.at_hand("compressor") as compressor:
             return compressor(shrink(images)).float()
 
     @torch.no_grad()
-    def sample_c(self, prompts, negative="", size=None, steps=60, guidance=4.0, **options):
-        """Stage C: prompts (list of B) -> semantic latents (B, *size, 16); size: (hs, ws), None for the trained one"""
+    def sample_c(self, prompts, negative="", size=None, steps=60, guidance=4.0, start=None, strength=1.0, keep=None,
+                 callback=lambda step, t, x: None, **options):
+        """Stage C: prompts (list of B) -> semantic latents (B, *size, 16); size: (hs, ws), None for the trained one.
+        start: semantic latents to begin with, at time `strength`: the times above are left out; at 1, when nothing is
+        left of them, C begins with noise alone. keep: see `sample`; its latents, start and callback's x are semantic
+        latents as `compress` gives them."""
         shape = (len(prompts), *(size or (self.config.cells,) * 2), self.config.c.channels)
         text = self.encode_text(prompts + negatives(prompts, negative) if guidance > 1 else prompts, "c")
+        times = timesteps(steps, self.device)
         with self.at_hand("c") as c:
-            x = sample(c, shape, timesteps(steps, self.device), (text,), guidance, **options)
+            if strength < 1:
+                times = torch.cat([times.new_tensor([strength]), times[times < strength]])
+                options["start"] = (start - c.latent_mean) / c.latent_std
+            if keep is not None:
+                options["keep"] = (keep[0] - c.latent_mean) / c.latent_std, keep[1]
+            x = sample(c, shape, times, (text,), guidance, **options,
+                       callback=lambda step, t, x: callback(step, t, x * c.latent_std + c.latent_mean))
             return x * c.latent_std + c.latent_mean
 
     @torch.no_grad()
@@ -1020,41 +1073,110 @@ class Wuerstchen(nn.Module):
             return a.decode(latents * a.scale).float().clamp(0, 1)
 
     def generate(self, prompts, negative="", height=None, width=None, steps_c=60, guidance_c=4.0, steps_b=12,
-                 guidance_b=1.0, seed=None, sampler="ddpm", progress=lambda steps, stage: steps):
-        """Draws a picture for each prompt.
+                 guidance_b=1.0, seed=None, sampler="ddpm", progress=lambda steps, stage: steps,
+                 callback=lambda step, t, x, stage: None, sizes=None, start=None, strength=1.0, keep_c=None,
+                 keep_b=None):
+        """Draws a picture for each prompt. The ways of drawing below are this one with another beginning.
 
         prompts: list of B strings; negative: what to keep away from, one string or B of them; height and width in
         pixels (None: as trained), rounded to what the stages can draw; steps_c and steps_b: how many, or the falling
         times from 1 to 0 (FAST_TIMES); guidance 1 means none; seed: of all random numbers, drawn in the order of
-        diffusers' WuerstchenCombinedPipeline; sampler "ddpm" or "ddim"; progress(list of steps, "c" or "b") may wrap
-        them in a bar -> images (B, H, W, 3) in [0, 1]. ValueError if there is no prompt."""
+        diffusers' WuerstchenCombinedPipeline, or B seeds: then a picture is the same in every batch, but for rounding;
+        sampler "ddpm" or "ddim"; progress(list of steps, "c" or "b") may wrap them in a bar;
+        callback(step, t, x, "c" or "b") is called after each step, x being what the stage then takes the clean latents
+        for (C: as `compress` gives them; B: Stage A's, divided by its scale).
+        From `redraw` and `fill`: sizes of the semantic latents and of Stage A's, instead of height and width; start:
+        semantic latents that C begins with at time `strength`, at 0 they are taken as they are; keep_c, keep_b: what
+        the stages leave as it is, see `sample`.
+        -> images (B, H, W, 3) in [0, 1]. ValueError if there is no prompt, or for a strength outside [0, 1]."""
         if not prompts:
             raise ValueError("no prompt given")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        cells, latents = self.config.grid(height or self.config.image_size, width or self.config.image_size)
-        semantic = self.sample_c(prompts, negative, cells, steps_c, guidance_c, generator=generator, sampler=sampler,
-                                 progress=lambda steps: progress(steps, "c"))
-        return self.sample_b(semantic, prompts, negative, latents, steps_b, guidance_b, generator=generator,
-                             sampler=sampler, progress=lambda steps: progress(steps, "b"))
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be between 0 and 1, not {strength}")
+        generator = generators(seed, len(prompts))
+        cells, latents = sizes or self.config.grid(height or self.config.image_size, width or self.config.image_size)
+
+        def options(stage):
+            return dict(generator=generator, sampler=sampler, progress=lambda steps: progress(steps, stage),
+                        callback=lambda *now: callback(*now, stage))
+
+        semantic = start if strength == 0 else self.sample_c(prompts, negative, cells, steps_c, guidance_c, start,
+                                                             strength, keep_c, **options("c"))
+        return self.sample_b(semantic, prompts, negative, latents, steps_b, guidance_b, keep=keep_b, **options("b"))
 
     @torch.no_grad()
-    def reconstruct(self, images, prompts=None, steps_b=12, seed=None, progress=lambda steps, stage: steps):
+    def redraw(self, images, prompts, strength=0.6, **options):
+        """Draws prompts over pictures: Stage C begins with their noised semantic latents.
+
+        images (B, H, W, 3) in [0, 1], sides multiples of `config.stride`, else ValueError; prompts: list of B;
+        strength: how much noise, 0 (the picture rebuilt) to 1 (the prompt drawn as if there were no picture);
+        options: those of `generate` -> like images"""
+        semantic, (H, W) = self.compress(images), images.shape[1:3]
+        return self.generate(prompts, sizes=(semantic.shape[1:3], (H // 4, W // 4)), start=semantic, strength=strength,
+                             **options)
+
+    def vary(self, images, prompts=None, **options):
+        """Pictures with the semantic latents of others: Stage B alone draws, from new noise. images (B, H, W, 3) in
+        [0, 1]; prompts: list of B for Stage B, "" if None; options: those of `generate` -> like images"""
+        return self.redraw(images, prompts or [""] * len(images), strength=0, **options)
+
+    @torch.no_grad()
+    def reconstruct(self, images, prompts=None, **options):
         """What each half of the compression keeps of a picture.
 
-        images (B, H, W, 3) in [0, 1], sides multiples of `config.stride`; prompts: list of B captions, "" if None
-        -> (by Stage A alone, 4x smaller and quantized; by Stage B from the semantic latents, 42x smaller),
-        both like images. ValueError if the sides don't divide."""
-        B, H, W, _ = images.shape
-        if H % self.config.stride or W % self.config.stride:
-            raise ValueError(f"picture sides must be multiples of {self.config.stride}, not {H}x{W}")
-        if self.compressor is None:
-            raise ValueError("no EfficientNetEncoder beside the snapshots: it compresses pictures")
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        images (B, H, W, 3) in [0, 1], sides multiples of `config.stride`; prompts: list of B captions, "" if None;
+        options: those of `generate` -> (by Stage A alone, 4x smaller and quantized; by Stage B from the semantic
+        latents, 42x smaller), both like images. ValueError if the sides don't divide."""
+        from_b = self.vary(images, prompts, **options)
         with self.at_hand("a") as a:
-            from_a = a(images)[0].float().clamp(0, 1)
-        from_b = self.sample_b(self.compress(images), prompts or [""] * B, size=(H // 4, W // 4), steps=steps_b,
-                               generator=generator, progress=lambda steps: progress(steps, "b"))
-        return from_a, from_b
+            return a(images)[0].float().clamp(0, 1), from_b
+
+    @torch.no_grad()
+    def mix(self, images, count=7, prompt="", seed=0, **options):
+        """A strip from one picture to another, by way of the semantic latents between theirs; all from the same noise.
+        images (2, H, W, 3) in [0, 1]; prompt: Stage B's; seed: int; options: those of `generate`
+        -> (count, H, W, 3), first and last what `vary` makes of the two with this seed"""
+        first, last = self.compress(images)
+        way = torch.linspace(0, 1, count, device=first.device).view(-1, 1, 1, 1)
+        H, W = images.shape[1:3]
+        return self.generate([prompt] * count, sizes=(first.shape[:2], (H // 4, W // 4)), start=torch.lerp(
+            first, last, way), strength=0, seed=[seed] * count, **options)
+
+    @torch.no_grad()
+    def fill(self, images, masks, prompts, **options):
+        """Draws the masked parts of pictures anew and leaves the rest, in Stage C's latents and in B's.
+
+        images (B, H, W, 3) in [0, 1], sides multiples of `config.stride`; masks (B, H, W) bool, True: to be drawn;
+        a latent or a semantic cell is redrawn where any of its pixels is. prompts: list of B, what the whole picture
+        shows; options: those of `generate` -> like images: away from the mask what Stage A makes of them, as its
+        latents are kept as they are. ValueError if the sides don't divide, or those of a mask differ."""
+        if masks.shape != images.shape[:3]:
+            raise ValueError(f"the mask is {masks.shape[2]}x{masks.shape[1]} pixels, the picture {images.shape[2]}x"
+                             f"{images.shape[1]}")
+        semantic = self.compress(images)
+        with self.at_hand("a") as a:
+            latents = a.encode(images).float() / a.scale
+        sizes = semantic.shape[1:3], latents.shape[1:3]
+        drawn = masks[:, None].float().cpu()  # MPS pools only where sizes divide
+        keep_c, keep_b = ((known, F.adaptive_max_pool2d(drawn, size).movedim(1, -1).to(self.device) == 0)
+                          for known, size in zip((semantic, latents), sizes))
+        return self.generate(prompts, sizes=sizes, keep_c=keep_c, keep_b=keep_b, **options)
+
+    def film(self, prompts, seeds, steps_film=4, **options):
+        """The pictures appearing: what Stage C takes them for at each of its steps, drawn by Stage B in few steps, from
+        the noise that it draws the pictures from in the end. prompts: list of B; seeds: B ints; options: those of
+        `generate` -> list of images (B, H, W, 3) in [0, 1], one a step, and the pictures that `generate` draws"""
+        of_c, of_b, estimates = generators(seeds, len(prompts)), [], []
+
+        def watch(step, t, x, stage):
+            if stage == "c":
+                estimates.append(x)
+                of_b[:] = [one.clone_state() for one in of_c]  # after C's last step, where B's random numbers begin
+
+        images = self.generate(prompts, seed=of_c, callback=watch, **options)
+        sizes = estimates[0].shape[1:3], [side // 4 for side in images.shape[1:3]]
+        return [self.generate(prompts, sizes=sizes, start=x, strength=0, steps_b=steps_film,
+                              seed=[one.clone_state() for one in of_b]) for x in estimates] + [images]
 
     def save_stage(self, folder, stage):
         """Writes one stage's networks to <stage>.pt."""

@@ -11,7 +11,8 @@ from wuerstchen import Wuerstchen
 
 def test_all_stages_leave_what_they_promise(run):
     names = {path.name for path in run.iterdir()}
-    assert names >= {"config.json", "tokenizer", "text.pt", "a.pt", "b.pt", "c.pt", "metrics.jsonl", "sheets"}
+    assert names >= {"config.json", "tokenizer", "text.pt", "clip.pt", "a.pt", "b.pt", "c.pt", "metrics.jsonl",
+                     "sheets"}
     assert not list(run.glob("*.ckpt*"))
     assert {path.name[0] for path in (run / "sheets").iterdir()} == {"a", "b", "c"}
     rows = metrics(run)
@@ -80,17 +81,19 @@ def test_sampling_script(run, tmp_path, capsys):
 def test_score_counts_what_the_checker_finds(run, monkeypatch, capsys):
     """Perfect pictures score 100 %, empty ones nothing but backgrounds."""
 
-    def perfect(model, args, captions):
+    def perfect(model, args, captions, quiet):
         pictures = [train.draw(caption, np.random.default_rng(i), 64) for i, caption in enumerate(captions)]
         return torch.from_numpy(np.stack(pictures)) / 255
 
-    monkeypatch.setattr(sample, "draw_prompts", perfect)
-    sample.main(["--score", "--run", str(run)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["ordinary"] + ["100.0%"] * 7 and lines[2].split() == ["held-out"] + ["100.0%"] * 7
-    monkeypatch.setattr(sample, "draw_prompts", lambda model, args, captions: torch.ones(len(captions), 64, 64, 3))
-    sample.main(["--score", "--run", str(run)])
-    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "0.0%"
+    def scores():
+        sample.main(["--score", "--run", str(run), "--score-count", "40", "--steps-b", "1"])
+        lines = capsys.readouterr().out.splitlines()
+        return lines[1][22:].split()[:7], lines[2][22:].split()[:7]
+
+    monkeypatch.setattr(sample, "draw", perfect)
+    assert scores() == (["100.0%"] * 7, ["100.0%"] * 7)
+    monkeypatch.setattr(sample, "draw", lambda model, args, captions, quiet: torch.ones(len(captions), 64, 64, 3))
+    assert scores()[0][-1] == "0.0%"
 
 
 def test_crops_lie_on_the_grid_of_stage_a():
