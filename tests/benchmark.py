@@ -308,8 +308,8 @@ def stages(bench):
     print("\ntrain.py, preset tiny, batch sizes of its recipe")
     with tempfile.TemporaryDirectory() as folder:
         for stage in ("tokenizer", "text", "a", "b", "c"):
-            command = [sys.executable, "train.py", stage, "--run", folder, "--steps", "24", "--log-every", "4", "--cache",
-                       "512", "--device", bench.device]
+            command = [sys.executable, "train.py", stage, "--run", folder, "--steps", "12", "--log-every", "2", "--cache",
+                       "256", "--device", bench.device]
             subprocess.run(command, cwd=HERE, check=True, capture_output=True)
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     for stage in ("text", "a", "b", "c"):
@@ -354,7 +354,8 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for both sides
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, for both sides
     torch.manual_seed(0)
     bench = Bench(args.device, args.rounds)
     if reference is None:
