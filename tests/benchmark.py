@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 from tokenizer import Tokenizer  # noqa: E402
-from wuerstchen import (PRESETS, VQGAN, CompressorConfig, SemanticCompressor, StageB, StageBConfig, StageC,  # noqa: E402
-                        StageCConfig, TextConfig, TextEncoder, VQGANConfig, Wuerstchen, diffusion_loss, shrink)
+from wuerstchen import (PRESETS, VQGAN, CompressorConfig, SemanticCompressor, StageB, StageBConfig,  # noqa: E402
+                        StageC, StageCConfig, TextEncoder, VQGANConfig, Wuerstchen, diffusion_loss, shrink)
 
 try:
     from diffusers import DDPMWuerstchenScheduler
@@ -217,8 +217,8 @@ def train(bench):
             quantized, vq_loss, _ = ra.vquantizer(ra.encode(images_first).latents)
             return F.mse_loss(ra.decode(quantized).sample, images_first) + vq_loss
 
-    bench.compare("Training step of Stage A, 32 pictures of 128 px, no discriminator", 32, training_step(bench, a, loss_a),
-                  training_step(bench, ra, reference_loss_a) if reference else None)
+    bench.compare("Training step of Stage A, 32 pictures of 128 px, no discriminator", 32,
+                  training_step(bench, a, loss_a), training_step(bench, ra, reference_loss_a) if reference else None)
 
     x, noise, t = random(32, 32, 32, 4), random(32, 32, 32, 4), torch.rand(32, device=bench.device)
     semantic, text = random(32, 3, 3, 16), random(32, 24, B.text_width)
@@ -308,8 +308,8 @@ def stages(bench):
     print("\ntrain.py, preset tiny, batch sizes of its recipe")
     with tempfile.TemporaryDirectory() as folder:
         for stage in ("tokenizer", "text", "a", "b", "c"):
-            command = [sys.executable, "train.py", stage, "--run", folder, "--steps", "12", "--log-every", "2", "--cache",
-                       "256", "--device", bench.device]
+            command = [sys.executable, "train.py", stage, "--run", folder, "--steps", "12", "--log-every", "2",
+                       "--cache", "256", "--device", bench.device]
             subprocess.run(command, cwd=HERE, check=True, capture_output=True)
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     for stage in ("text", "a", "b", "c"):
@@ -351,7 +351,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=PARTS, help="what to measure (default: all that the device can)")
     parser.add_argument("--rounds", type=int, default=9, help="turns that a median is taken of (default: 9)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
