@@ -122,8 +122,8 @@ class Bench:
             most, tops[side] = self.look_inside(partial(work, precision))
             other = next(name for name in PRECISIONS if name != precision)
             print(f"  {side:9} {took * 1e3:9.1f} ms in {precision} ({taken[side, other] * 1e3:.1f} in {other}), "
-                  f"{pictures / took:7.1f} pictures/s, {rate / 1e9:7,.0f} GFLOP/s = {rate / self.rates[precision]:3.0%} "
-                  f"of matrix products, {most / 2**20:,.0f} MB")
+                  f"{pictures / took:7.1f} pictures/s, {rate / 1e9:7,.0f} GFLOP/s = "
+                  f"{rate / self.rates[precision]:3.0%} of matrix products, {most / 2**20:,.0f} MB")
         if theirs:
             print(f"  {best['reference'] / best['ours']:.2f} times as fast as the reference")
         for side, top in tops.items():
@@ -299,8 +299,8 @@ def cache(bench):
     best = {name: min(taken[name, precision] for precision in PRECISIONS) for name in works}
     print(f"\nTraining Stage C, {count} pictures of 128 px a step")
     for name, seconds in best.items():
-        print(f"  {name:32} {count / seconds:7.0f} pictures/s, the cache is {seconds / best['from the cache']:.1f} times "
-              "as fast", flush=True)
+        print(f"  {name:32} {count / seconds:7.0f} pictures/s, the cache is "
+              f"{seconds / best['from the cache']:.1f} times as fast", flush=True)
 
 
 def stages(bench):
