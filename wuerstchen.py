@@ -241,6 +241,19 @@ class GlobalResponseNorm(nn.Module):
         return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * energy).to(x.dtype))
 
 
+class Dropout(nn.Dropout):
+    """The same with cheaper random numbers on a CPU: nn.Dropout draws 64 bits for every element, one after another, and
+    that took longer than the matrix products around it. Here an element gets 8 of them, so `p` counts in 256ths."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        drop = round(256 * self.p)
+        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
+        keep = bits[:x.numel()].view(x.shape).to(x.dtype).ge_(drop)
+        return x * keep.mul_(256 / (256 - drop))
+
+
 class ResBlock(nn.Module):
     """Depthwise 3x3 mixes space, then an MLP mixes channels. `skip_channels` more channels may join before the MLP
     (U-Net skip and semantic latents in Stage B)."""
@@ -251,14 +264,14 @@ class ResBlock(nn.Module):
         self.norm = layer_norm(channels)
         self.expand = nn.Linear(channels + skip_channels, 4 * channels)
         self.grn = GlobalResponseNorm(4 * channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.project = nn.Linear(4 * channels, channels)
 
-    def forward(self, x, skip=None):
-        """x (B, H, W, C), skip (B, H, W, skip_channels) or None -> (B, H, W, C)"""
+    def forward(self, x, *skips):
+        """x (B, H, W, C), skips: tensors (B, H, W, ...) with skip_channels together -> (B, H, W, C)"""
         h = self.norm(self.depthwise(x))
-        if skip is not None:
-            h = torch.cat([h, skip], dim=-1)
+        if skips:
+            h = torch.cat([h, *skips], dim=-1)
         h = self.grn(F.gelu(self.expand(h)))
         return x + self.project(self.dropout(h))
 
@@ -281,7 +294,7 @@ def attention(q, k, v, mask=None):
     True where a query may look -> (B, heads, N, d)"""
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # The same by hand: on a CPU, the fused kernel's backward pass is ten times as slow for such short sequences.
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1) @ v
@@ -301,13 +314,17 @@ class Attention(nn.Module):
 
     def forward(self, x, context, mask=None):
         """x (B, N, C), context (B, M, C), mask: bool, broadcast to (B, heads, N, M) -> (B, N, C)"""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for y in (self.q(x), self.k(context), self.v(context)))
+        return self.look_up(self.q(x), self.k(context), self.v(context), mask)
+
+    def look_up(self, q, k, v, mask=None):
+        """The same from queries (B, N, C), keys and values (B, M, C)"""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class AttnBlock(nn.Module):
-    """Self and cross attention in one: every position attends to all positions and to the text."""
+    """Self and cross attention in one: every position attends to all positions and to the text. What there is to see of
+    the text depends on neither picture nor time: `read` is called once a picture, `forward` at every step."""
 
     def __init__(self, channels, cond_width, heads):
         super().__init__()
@@ -315,11 +332,17 @@ class AttnBlock(nn.Module):
         self.kv = nn.Linear(cond_width, channels)
         self.attention = Attention(channels, heads)
 
+    def read(self, text):
+        """text (B, L, cond_width), after SiLU -> its keys and values (B, L, C)"""
+        text = self.kv(text)
+        return self.attention.k(text), self.attention.v(text)
+
     def forward(self, x, text):
-        """x (B, H, W, C), text (B, L, cond_width) -> (B, H, W, C)"""
+        """x (B, H, W, C), text: keys and values -> (B, H, W, C)"""
         pixels = self.norm(x).flatten(1, 2)
-        context = torch.cat([pixels, self.kv(F.silu(text))], dim=1)
-        return x + self.attention(pixels, context).view_as(x)
+        k = torch.cat([self.attention.k(pixels), text[0]], dim=1)
+        v = torch.cat([self.attention.v(pixels), text[1]], dim=1)
+        return x + self.attention.look_up(self.attention.q(pixels), k, v).view_as(x)
 
 
 def time_embedding(t, width):
@@ -469,8 +492,10 @@ class Quantizer(nn.Module):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar, codebook + 0.25·commitment"""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # nearness needs float32
             flat, codebook = x.detach().float().reshape(-1, x.shape[-1]), self.codebook.float()
-            distance = codebook.square().sum(dim=1) - 2 * flat @ codebook.T  # + |x|², the same for all codes
-            codes = distance.argmin(dim=1).view(x.shape[:-1])
+            length = codebook.square().sum(dim=1)
+            # |x - c|² less |x|², which is the same for all codes; a few at a time, so that they stay in the cache
+            codes = torch.cat([torch.addmm(length, some, codebook.T, alpha=-2).argmin(dim=1)
+                               for some in flat.split(1024 if x.device.type == "cpu" else 2**16)]).view(x.shape[:-1])
         quantized = F.embedding(codes, self.codebook)
         loss = F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())
         return x + (quantized - x).detach(), codes, loss
@@ -568,8 +593,19 @@ class Discriminator(nn.Module):
 # Its blocks are ordinary NCHW layers: BatchNorm2d wants channels second. Ends are (B, H, W, C) like everything else.
 
 
+class StridedDepthwise(nn.Conv2d):
+    """In float32 on a CPU: there the bfloat16 backward pass takes ten to twenty times as long."""
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x.float(), self.weight.float(), None, self.stride, self.padding, groups=self.groups)
+
+
 def conv_norm(c_in, c_out, kernel, stride=1, groups=1, activation=True):
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    kind = StridedDepthwise if groups > 1 and stride > 1 else nn.Conv2d
+    conv = kind(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     norm = nn.BatchNorm2d(c_out, eps=1e-3)
     return nn.Sequential(conv, norm, nn.SiLU()) if activation else nn.Sequential(conv, norm)
 
@@ -688,23 +724,24 @@ class Level(nn.Module):
         if after:
             self.blocks.append(after)
 
-    def forward(self, x, time, semantic, text, skip=None):
-        """x (B, H, W, C), time (B, time_width), semantic (B, h, w, 16) of any size, text (B, L, cond_width),
-        skip (B, H, W, skip_channels): the same level's output on the way down -> (B, H, W, C); where `before` or
-        `after` is given, x has another size on that side"""
-        cond = None
+    def read(self, semantic, text):
+        """What doesn't change from step to step. semantic (B, H, W, 16), of this level's size; text (B, L, cond_width)
+        -> what the ResBlocks see of the one, None if nothing; what each AttnBlock sees of the other"""
+        cond = None if self.mapper is None else self.mapper(semantic)
+        return cond, [block.read(text) for block in self.blocks if isinstance(block, AttnBlock)]
+
+    def forward(self, x, time, read, skip=None):
+        """x (B, H, W, C), time (B, time_width), read: what `read` gave, skip (B, H, W, skip_channels): the same level's
+        output on the way down -> (B, H, W, C); where `before` or `after` is given, x has another size on that side"""
+        cond, texts = read[0], iter(read[1])
         for block in self.blocks:
             if isinstance(block, ResBlock):
-                if cond is None and self.mapper is not None:
-                    # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
-                    cond = self.mapper(resize(semantic, *x.shape[1:3], align_corners=True))
-                extra = [y for y in (skip, cond) if y is not None]
-                x = block(x, torch.cat(extra, dim=-1) if extra else None)
+                x = block(x, *(y for y in (skip, cond) if y is not None))
                 skip = None  # only the first ResBlock sees it
             elif isinstance(block, TimestepBlock):
                 x = block(x, time)
             elif isinstance(block, AttnBlock):
-                x = block(x, text)
+                x = block(x, next(texts))
             else:
                 x = block(x)
         return x
@@ -749,17 +786,31 @@ class StageB(nn.Module):
     def forward(self, x, t, semantic, text):
         """x: noisy latents (B, h, w, 4), t (B,) in [0, 1], semantic (B, hs, ws, 16), text (B, L, text_width)
         -> predicted noise (B, h, w, 4). h and w divide by patch·2^(levels-1)."""
+        return self.denoise(x, t, self.read(semantic, text, x.shape[1:3]))
+
+    def read(self, semantic, text, size):
+        """What all steps of a picture share, whatever the noise and the time. semantic (B, hs, ws, 16), text
+        (B, L, text_width), size (h, w) of the latents -> a list for `denoise`, what each level sees of them"""
+        text = F.silu(self.text_norm(self.text_mapper(text)))
+        # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
+        sizes = [[n // self.cfg.patch // 2**i for n in size] for i in range(len(self.down))]
+        grids = [resize(semantic, *hw, align_corners=True) if used else None
+                 for hw, used in zip(sizes, self.cfg.semantic)]
+        levels, grids = [*self.down, *self.up], grids + grids[::-1]
+        return [level.read(grid, text) for level, grid in zip(levels, grids)]
+
+    def denoise(self, x, t, read):
+        """x (B, h, w, 4), t (B,), read: what `read` gave -> predicted noise (B, h, w, 4)"""
         time = time_embedding(t, self.cfg.time_width)
-        text = self.text_norm(self.text_mapper(text))
         h = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch)))
 
-        skips = []
+        skips, read = [], iter(read)
         for level in self.down:
-            h = level(h, time, semantic, text)
+            h = level(h, time, next(read))
             skips.append(h)
         skips.pop()  # the lowest level's output is h itself
         for i, level in enumerate(self.up):
-            h = level(h, time, semantic, text, skips.pop() if i > 0 else None)
+            h = level(h, time, next(read), skips.pop() if i > 0 else None)
 
         # The network says x = a + b·noise, which is easy at both ends of time: near 0 take all from a, near 1 from x.
         a, b = depth_to_space(self.out(self.out_norm(h)), self.cfg.patch).chunk(2, dim=-1)
@@ -802,8 +853,16 @@ class StageC(nn.Module):
     def forward(self, x, t, text):
         """x: noisy semantic latents (B, h, w, 16), t (B,) in [0, 1], text (B, L, text_width)
         -> predicted noise (B, h, w, 16)"""
-        time = time_embedding(t, self.cfg.time_width)
-        text = self.text_mapper(text)
+        return self.denoise(x, t, self.read(text))
+
+    def read(self, text):
+        """What all steps of a picture share. text (B, L, text_width) -> a list for `denoise`"""
+        text = F.silu(self.text_mapper(text))
+        return [block.read(text) for block in self.blocks if isinstance(block, AttnBlock)]
+
+    def denoise(self, x, t, read):
+        """x (B, h, w, 16), t (B,), read: what `read` gave -> predicted noise (B, h, w, 16)"""
+        time, read = time_embedding(t, self.cfg.time_width), iter(read)
         h = self.embed(x)
         for block in self.blocks:
             if isinstance(block, ResBlock):
@@ -811,7 +870,7 @@ class StageC(nn.Module):
             elif isinstance(block, TimestepBlock):
                 h = block(h, time)
             else:
-                h = block(h, text)
+                h = block(h, next(read))
         a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)
         return (x - a) / ((1 - b.float()).abs() + 1e-5)
 
@@ -1053,7 +1112,7 @@ class Wuerstchen(nn.Module):
                 options["start"] = (start - c.latent_mean) / c.latent_std
             if keep is not None:
                 options["keep"] = (keep[0] - c.latent_mean) / c.latent_std, keep[1]
-            x = sample(c, shape, times, (text,), guidance, **options,
+            x = sample(c.denoise, shape, times, (c.read(text),), guidance, **options,
                        callback=lambda step, t, x: callback(step, t, x * c.latent_std + c.latent_mean))
             return x * c.latent_std + c.latent_mean
 
@@ -1068,7 +1127,8 @@ class Wuerstchen(nn.Module):
             semantic = torch.cat([semantic, torch.zeros_like(semantic)])
         text = self.encode_text(prompts, "b")
         with self.at_hand("b") as b:
-            latents = sample(b, shape, timesteps(steps, self.device), (semantic, text), guidance, **options)
+            read = b.read(semantic, text, shape[1:3])
+            latents = sample(b.denoise, shape, timesteps(steps, self.device), (read,), guidance, **options)
         with self.at_hand("a") as a:
             return a.decode(latents * a.scale).float().clamp(0, 1)
 

@@ -139,7 +139,7 @@ def test_both_ways_of_attention_agree(masked):
 def test_attn_block_sees_text_and_the_whole_picture():
     block = randomise(AttnBlock(8, 6, 2))
     x, text = torch.randn(1, 3, 4, 8, requires_grad=True), torch.randn(1, 5, 6, requires_grad=True)
-    block(x, text)[0, 0, 0].sum().backward()  # of one position
+    block(x, block.read(text))[0, 0, 0].sum().backward()  # of one position
     assert (x.grad.abs().sum(dim=-1) > 0).all() and (text.grad.abs().sum(dim=-1) > 0).all()
 
 
