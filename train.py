@@ -338,7 +338,7 @@ def download(url, path, md5):
 
 def in_split(names, split):
     """Which names, of a data set without splits, belong to one: the first and, by a hash of the name, one in sixteen
-    are kept for testing. So a picture stays where it is when others join."""
+    are kept for testing. So (but for the first) a picture stays where it is when others join."""
     names = sorted(names)
     return [name for name in names
             if (name == names[0] or zlib.crc32(name.encode()) % 16 == 0) == (split == "test")]
@@ -429,6 +429,8 @@ class Pictures:
     `skipped` has (name, why) of those met since it was last emptied."""
 
     def __init__(self, found, size, seed, random_crop, flip):
+        if not found:
+            raise ValueError("a data set needs two pictures at least: one to learn from and one for testing")
         self.found, self.size, self.seed, self.random_crop, self.flip = found, size, seed, random_crop, flip
         self.skipped, self.epoch = [], None
 
@@ -816,9 +818,9 @@ class Run:
         """The same few test pictures for every sheet."""
         return next(self.batches(self.test_data, count, 0, 1, alone=True))
 
-    def tokens(self, captions, tokenizer=None):
-        """ids and mask (B, L)"""
-        return [x.to(self.device) for x in (tokenizer or self.model.tokenizer)(captions)]
+    def tokens(self, captions, tokenizer):
+        """ids and mask (B, L). The published stages have a tokenizer each, runs of one's own the same one twice."""
+        return [x.to(self.device) for x in tokenizer(captions)]
 
     def save_sheet(self, stage, step, rows, captions):
         folder = self.folder / "sheets"
@@ -1041,7 +1043,7 @@ def train_text(run):
     def loss_of(clip, batch, step):
         images, captions = batch
         twins = twins_of(run.train_data, captions, np.random.default_rng((seed, step)))
-        ids, mask = run.tokens(captions + [twin for twin in twins if twin])
+        ids, mask = run.tokens(captions + [twin for twin in twins if twin], run.model.tokenizer_b)
         image, text = clip.embed_images(resize(images, side, side)), clip.embed_text(ids, mask)
         # The pictures of all processes against the captions of all, which come before the twins.
         n = len(captions)
@@ -1054,7 +1056,7 @@ def train_text(run):
         images, captions = run.examples(256)
         twins = twins_of(run.test_data, captions, np.random.default_rng(seed))
         rows = [i for i, twin in enumerate(twins) if twin]
-        ids, mask = run.tokens(captions + [twins[i] for i in rows])
+        ids, mask = run.tokens(captions + [twins[i] for i in rows], run.model.tokenizer_b)
         logits = clip(resize(images, side, side), ids, mask)
         best = logits[:, :256].argmax(dim=1)
         numbers = dict(accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean().item())
@@ -1186,7 +1188,7 @@ def train_c(run):
     model = run.model
 
     def compute(images, captions):
-        ids, mask = run.tokens(captions)
+        ids, mask = run.tokens(captions, model.tokenizer)
         return dict(semantic=model.compress(images), ids=ids, mask=mask)
 
     arrays = run.cached("semantic", compute)
@@ -1198,7 +1200,7 @@ def train_c(run):
     if not run.given:
         model.text = copy.deepcopy(model.text_b)
     network = nn.ModuleDict(dict(text=model.text, c=model.c))
-    no_ids, no_mask = run.tokens([""])
+    no_ids, no_mask = run.tokens([""], model.tokenizer)
 
     def loss_of(network, batch, step):
         x, ids, mask = batch

@@ -234,6 +234,12 @@ def test_nothing_but_bad_pictures(tmp_path):
         data[0]
 
 
+def test_one_picture_is_too_few(tmp_path):
+    args = options(data="folder", data_dir=folder_of(tmp_path, 1))
+    with pytest.raises(ValueError, match="needs two pictures"):
+        train.open_data(args, "train")
+
+
 def test_a_decompression_bomb_is_refused(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 50 kB; 400 million pixels
     (tmp_path / "bomb.txt").write_text("boom")

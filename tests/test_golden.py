@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
+import train
 import weights
 import wuerstchen
 from wuerstchen import (FAST_TIMES, OFFICIAL_SIZES, VQGAN, CompressorConfig, SemanticCompressor, StageB, StageC,
@@ -305,3 +306,23 @@ def test_a_snapshot_can_be_saved_as_a_run(snapshot, tmp_path):
     again = Wuerstchen.load(tmp_path / "run")
     draw = dict(prompts=["a cat!"], height=128, width=128, steps_c=2, steps_b=2, guidance_b=2.0, seed=0)
     assert torch.equal(model.generate(**draw), again.generate(**draw))
+
+
+@pytest.mark.parametrize("stage", ["b", "c"])
+def test_published_stages_can_be_trained_further(snapshot, tmp_path, stage):
+    command = [stage, "--run", str(tmp_path / "run"), "--init-from", str(tmp_path / "hub"), "--image-size", "128",
+               "--steps", "1", "--batch-size", "2", "--cache", "2", "--lr", "1e-9"]
+    shutil.copytree(snapshot, tmp_path / "hub")
+    with pytest.raises(ValueError, match="no EfficientNetEncoder"):
+        train.main(command)
+    (tmp_path / "hub" / "EfficientNetEncoder").mkdir()
+    compressor = SemanticCompressor(CompressorConfig()).state_dict()
+    torch.save({wuerstchen.official_name("compressor", name): x for name, x in compressor.items()},
+               tmp_path / "hub" / "EfficientNetEncoder" / "model.bin")
+    train.main(command)
+    given, fine = Wuerstchen.from_official(tmp_path / "hub"), Wuerstchen.load(tmp_path / "run")
+    for name in ("text", "text_b", "a", "b", "c"):
+        for key, x in getattr(given, name).state_dict().items():
+            if "latent_" not in key:
+                torch.testing.assert_close(getattr(fine, name).state_dict()[key], x, atol=1e-6, rtol=1e-4, msg=key)
+    assert fine.config.image_size == 128 and fine.tokenizer_b is not fine.tokenizer
