@@ -316,7 +316,7 @@ class Judge:
         return 100 * cosine.clamp(min=0)
 
     def examples(self, split, batch=0):
-        """Batch number `batch` of `count` pictures of the run's data set -> images (N, H, W, 3) in [0, 1], N captions"""
+        """Batch number `batch` of `count` test pictures -> images (N, H, W, 3) in [0, 1], N captions"""
         pictures, captions, _ = next(iter(Batches(self.data(split), self.count, batch, batch + 1, 0, 1)))
         return pictures / 255, captions
 

@@ -290,7 +290,7 @@ class TimestepBlock(nn.Module):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d), mask: bool, broadcast to (B, heads, N, M),
+    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k, v (B, heads, M, d), mask: bool, broadcast to (B, heads, N, M),
     True where a query may look -> (B, heads, N, d)"""
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # The same by hand: on a CPU, the fused kernel's backward pass is ten times as slow for such short sequences.
