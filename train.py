@@ -1160,8 +1160,8 @@ def train_b(run):
 
     def loss_of(network, batch, step):
         small, latents, text = batch
-        # Shapes' captions say nearly all. The authors leave out 5 % of theirs: then B would read colours and shapes off the
-        # caption, and pay no heed to the semantic latents.
+        # The authors leave out 5 % of the captions. Shapes' say nearly all there is to see: B would read colours and
+        # shapes off them, and pay no heed to the semantic latents.
         text = torch.where(chance(0.25, text), nothing, text).float()
         semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
