@@ -703,7 +703,7 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(500, 32, 4e-3), b=Recipe(2000, 32, 1.2e-3),
+    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(500, 32, 4e-3), b=Recipe(2300, 32, 1.2e-3),
                  c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
@@ -1135,9 +1135,9 @@ def measure_a(run):
         deviation.append(latents.std())
     psnr, psnr_unquantized = (-10 * torch.cat(errors, dim=1).log10()).mean(dim=1).tolist()
     usage, perplexity = codebook_usage(torch.cat(codes), run.config.a.codebook_size)
-    # Four times the deviation, and large flat shapes hide in the noise long enough for B to ask the semantic latents
+    # Three times the deviation, and large flat shapes hide in the noise long enough for B to ask the semantic latents
     # where they are and of what colour.
-    run.model.a.scale.fill_(4 * torch.stack(deviation).mean())
+    run.model.a.scale.fill_(3 * torch.stack(deviation).mean())
     run.log(stage="a", psnr=psnr, psnr_unquantized=psnr_unquantized, codebook_usage=usage, perplexity=perplexity)
     print(f"stage A: PSNR {psnr:.1f} dB ({psnr_unquantized:.1f} without the quantizer), "
           f"{usage:.0%} of the codebook in use, perplexity {perplexity:.0f}")
@@ -1162,7 +1162,7 @@ def train_b(run):
         small, latents, text = batch
         # The authors leave out 5 % of the captions. Shapes' say nearly all there is to see: B would read colours and
         # shapes off them, and pay no heed to the semantic latents.
-        text = torch.where(chance(0.25, text), nothing, text).float()
+        text = torch.where(chance(0.15, text), nothing, text).float()
         semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
         # 5 % of the semantic latents are zeroed, 30 % of the others noised.
