@@ -9,6 +9,7 @@ import train
 from conftest import SMALL, metrics, run_script
 from wuerstchen import Wuerstchen
 
+
 def test_all_stages_leave_what_they_promise(run):
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.json", "tokenizer", "text.pt", "clip.pt", "a.pt", "b.pt", "c.pt", "metrics.jsonl",

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 import train
-from conftest import HERE, SMALL, metrics, run_script
+from conftest import HERE, metrics, run_script
 from test_data import folder_of
 from wuerstchen import PRESETS, STAGES, Wuerstchen
 
