@@ -362,7 +362,7 @@ def test_every_format_trains(tmp_path, kind):
             pytest.skip(f"needs the real pictures of {data}")
     workers = ["--workers", "2"] if kind in ("tar", "folder") else []
     train.main(["--run", str(tmp_path / "run"), "--data", kind, "--data-dir", str(data), *QUICK, *workers])
-    assert {path.stem for path in (tmp_path / "run").glob("*.pt")} == {"text", "a", "b", "c"}
+    assert {path.stem for path in (tmp_path / "run").glob("*.pt")} >= set(STAGES)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert not any("skipped" in row for row in rows)
 
