@@ -1351,6 +1351,8 @@ def begin(args, config):
             raise ValueError(f"{args.init_from} has no EfficientNetEncoder, which Stage B needs")
         model.config.image_size = args.image_size
         model.save(args.run)
+        if (clip := Path(args.init_from) / "clip.pt").exists():
+            shutil.copy(clip, args.run)
     else:
         save_config(args.run, config, train_tokenizer(args, config))
     (Path(args.run) / "options.json").write_text(json.dumps({name: getattr(args, name) for name in KEPT}) + "\n")
