@@ -95,6 +95,9 @@ def parse_args(argv=None):
         parser.error("--low-memory is for --official: a run of one's own is small")
     if args.official and (args.score or args.sweep):
         parser.error("--score and --sweep need a run of one's own, with its test pictures")
+    for path in filter(None, (args.out, args.film)):  # not after minutes of drawing
+        if not Path(path).absolute().parent.is_dir() or Path(path).suffix.lower() not in Image.registered_extensions():
+            parser.error(f"no such folder, or no kind of picture: {path}")
     if args.count is None:
         args.count = 7 if args.mix else 4 if args.vary else 1
     for name, least in dict(count=1, steps_c=1, steps_b=1, height=1, width=1, score_count=2).items():

@@ -50,7 +50,7 @@ import urllib.request
 import warnings
 import zlib
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 try:
@@ -63,7 +63,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -273,7 +272,8 @@ def cifar(place, split, data):
     pattern = re.compile(r"(data_batch_\d|train)\.bin" if split == "train" else r"test(_batch)?\.bin")
     files = sorted(path for path in inside.glob("*.bin") if pattern.fullmatch(path.name)) if inside else []
     if not files:
-        raise FileNotFoundError(f"no {data} in {place}: {folder}/ with {names} and {pattern.pattern}")
+        raise FileNotFoundError(f"no {data} in {place}: neither {folder}/ with {names} and its .bin files nor "
+                                f"{archive}, which --download fetches")
     captions = []
     for name in (inside / names).read_text().replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
@@ -663,6 +663,20 @@ def wait_for_all():
         distributed.barrier()
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum over all processes. Each of them goes on from it, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllReduce.forward(ctx, gradient.contiguous())
+
+
 def gather(x):
     """Rows (n, ...) of every process, n may differ -> rows of all (N, ...), the same everywhere; differentiable."""
     if ranks() == 1:
@@ -671,7 +685,7 @@ def gather(x):
     counts[rank()] = len(x)
     distributed.all_reduce(counts)
     before, after = int(counts[:rank()].sum()), int(counts[rank() + 1:].sum())
-    return all_reduce(F.pad(x, (0, 0) * (x.dim() - 1) + (before, after)))
+    return AllReduce.apply(F.pad(x, (0, 0) * (x.dim() - 1) + (before, after)))
 
 
 def share_statistics(norm):
@@ -681,7 +695,7 @@ def share_statistics(norm):
         if not norm.training:
             return type(norm).forward(norm, x)
         axes, rest = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
-        mean, square = all_reduce(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / ranks()
+        mean, square = AllReduce.apply(torch.stack([x.float().mean(axes), x.float().square().mean(axes)])) / ranks()
         variance, count = square - mean.square(), x.numel() // x.shape[1] * ranks()
         with torch.no_grad():
             norm.running_mean.lerp_(mean, norm.momentum)
@@ -937,6 +951,9 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
         step = state["step"]
         set_random_state(state["random"])
         print(f"stage {stage}: going on from step {step}")
+        if Recipe(*state["recipe"]) != recipe:
+            print("  it was begun with --steps {} --batch-size {} --lr {}".format(*state["recipe"])
+                  + ", now with --steps {} --batch-size {} --lr {}".format(*astuple(recipe)))
     objective = Objective(network, loss_of)
     if run.ranks > 1:
         for module in network.modules():
@@ -946,8 +963,9 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
         objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")
 
     def save():
-        state = dict(layout=LAYOUT, preset=args.preset, network=network.state_dict(), average=average.state_dict(),
-                     step=step, optimizers=[optimizer.state_dict() for optimizer in optimizers], random=random_states())
+        state = dict(layout=LAYOUT, preset=args.preset, recipe=astuple(recipe), step=step,
+                     network=network.state_dict(), average=average.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in optimizers], random=random_states())
         if run.rank == 0:
             save_whole(path, state)
 
@@ -1000,6 +1018,8 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
                     **{k: v.item() if torch.is_tensor(v) else v for k, v in numbers.items()})
         if run.rank == 0 and (step % args.sheet_every == 0 or step == recipe.steps):
             show(average, step)
+        if run.ranks == 1:  # a signal that came after the news, while the last sheet was drawn say
+            stopped = max(stop, default=0)
         if in_a_row == 0 and step % args.save_every == 0 or stopped:
             save()
         if stopped:
@@ -1363,14 +1383,20 @@ def main(argv=None):
     folder, begun = Path(args.run), read_options(args.run)
     defaults = KEPT
     if args.init_from:
+        if not os.path.isdir(args.init_from):
+            raise FileNotFoundError(f"--init-from: no run or snapshots in {args.init_from}")
         source = read_options(args.init_from) or {"preset": "v2", "image_size": None}
         defaults = KEPT | {name: source[name] for name in ("preset", "image_size")}
+        if args.preset not in (None, source["preset"]):
+            raise ValueError(f"the weights in {args.init_from} are of preset {source['preset']}, not {args.preset}")
     for name in KEPT:  # what a run was begun with holds for its later commands too
         given = getattr(args, name)
         if given is None:
             setattr(args, name, begun.get(name, defaults[name]))
         elif name in FIXED and given != begun.get(name, given):
-            raise ValueError(f"{folder} was begun with --{name.replace('_', '-')} {begun[name]}; take another --run")
+            option = f"--{name.replace('_', '-')}"
+            how = f"with {option} {begun[name]}" if begun[name] else f"without {option}"
+            raise ValueError(f"{folder} was begun {how}; take another --run")
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
     if not begun and args.stage in TRAIN and not args.init_from:
@@ -1424,7 +1450,8 @@ def finish(run, stage):
     (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
     later = [name for name in TRAIN if stage in NEEDS[name] and (run.folder / f"{name}.pt").exists()]
     if later:
-        print(f"stage {stage} is new: {' and '.join(later)} learned from the one before and should be trained again")
+        print(f"stage {stage} is new, but {' and '.join(later)} learned from the one before; to train again: "
+              + "; ".join(f"python train.py {name} --run {run.folder}" for name in later))
 
 
 if __name__ == "__main__":

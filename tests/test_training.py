@@ -71,6 +71,25 @@ def test_interrupted_training_goes_on(run, tmp_path, number):
     assert steps == list(range(1, 61))
 
 
+def test_a_signal_in_the_last_step_stops_too(run, tmp_path, monkeypatch, capsys):
+    """While the last sheet is drawn, say. The next command says that its steps are others, and only finishes."""
+    folder, make_sheet = copy_of(run, tmp_path / "run", "c"), train.make_sheet
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_sheet(*args)
+
+    monkeypatch.setattr(train, "make_sheet", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["c", "--run", str(folder), *FEW])
+    assert stopped.value.code == 143 and "after step 7 of 7" in capsys.readouterr().err
+    assert not (folder / "c.pt").exists()
+    train.main(["c", "--run", str(folder), *FEW, "--lr", "1e-4"])
+    out = capsys.readouterr().out
+    assert "going on from step 7" in out and "begun with --steps 7 --batch-size 4 --lr 0.0015, now with" in out
+    assert (folder / "c.pt").exists()
+
+
 @pytest.mark.parametrize("stage", ["text", "a", "b", "c"])
 def test_a_killed_run_that_goes_on_ends_in_the_same_weights(run, tmp_path, stage, monkeypatch):
     def folder(name):
@@ -284,8 +303,11 @@ def test_a_stage_goes_on_from_given_weights(run, tmp_path, stage):
         if not any(part in name for part in ("running", "num_batches", "codebook", "a.scale", "c.latent")):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4, msg=name)
     assert fine.generate(["a red star"], steps_c=1, steps_b=1).shape == (1, 96, 96, 3)
-    with pytest.raises(ValueError, match="was begun with --init-from"):
-        train.main([stage, "--run", str(folder), "--init-from", str(folder)])
+    for options, message in ((["--run", folder, "--init-from", folder], "was begun with --init-from"),
+                             (["--run", run, "--init-from", folder], "was begun without --init-from"),
+                             (["--run", tmp_path / "x", "--init-from", run, "--preset", "small"], "of preset tiny")):
+        with pytest.raises(ValueError, match=message):
+            train.main([stage, *map(str, options)])
 
 
 def test_a_stage_without_given_weights_begins_anew(run, tmp_path):
