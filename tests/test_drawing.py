@@ -286,7 +286,6 @@ def test_the_script_draws_each_way(run):
     ("--redraw a.png cat --strength 1.5", "strength must be between 0 and 1, not 1.5"),
     ("--vary a.png --height 100", "picture sides must be multiples of 32, not 100x64"),
     ("--mix a.png none.png", "can't read"),
-    ("cat --film film.xyz --steps-c 1", "unknown file extension"),
 ])
 def test_bad_input(run, command, message, monkeypatch):
     monkeypatch.chdir(run)
@@ -298,7 +297,8 @@ def test_bad_input(run, command, message, monkeypatch):
 @pytest.mark.parametrize("command, message", [
     ("--fill a.png half.png", "--fill needs a PROMPT"), ("--redraw a.png", "--redraw needs a PROMPT"),
     ("--vary a.png --mix a.png b.png", "not allowed with"), ("cat --timesteps 1,x,0", "invalid times value"),
-    ("cat --official . --score", "need a run of one's own"), ("--score --score-count 1", "at least 2")])
+    ("cat --official . --score", "need a run of one's own"), ("--score --score-count 1", "at least 2"),
+    ("cat --film film.xyz", "no such folder, or no kind of picture: film.xyz"), ("cat --out none/a.png", "none/a.png")])
 def test_bad_commands(command, message, capsys):
     with pytest.raises(SystemExit):
         script.main(command.split())
