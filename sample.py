@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, Batches, make_sheet, open_data, parse,
-                   pick_device, read_options, to_picture)
+from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, Batches, half_side, make_sheet, open_data,
+                   parse, pick_device, read_options, to_picture)
 from wuerstchen import CLIP, FAST_TIMES, Wuerstchen, codebook_usage, resize
 
 
@@ -305,7 +305,7 @@ class Judge:
 
     def small(self, images):
         """Pictures as the contrastive model was trained on them."""
-        side = max(32, self.model.config.image_size // 2)
+        side = half_side(self.model.config)
         return resize(images, side, side)
 
     def image_tower(self, images):

@@ -159,12 +159,16 @@ def random_scene(rng):
     return Scene([first, second], pick(RELATIONS), background)
 
 
+def reserved(name):
+    """Whether a caption or a file is kept for testing: one in sixteen, by a hash of its name, whatever the seed."""
+    return zlib.crc32(name.encode()) % 16 == 0
+
+
 def split_of(scene):
     """The one split a scene's caption belongs to."""
     if any((colour, shape) in HELD_OUT for _, colour, shape in scene.objects):
         return "heldout"
-    # A hash of the caption reserves one in sixteen for testing, whatever the seed.
-    return "test" if zlib.crc32(scene.caption().encode()) % 16 == 0 else "train"
+    return "test" if reserved(scene.caption()) else "train"
 
 
 def place(scene, rng):
@@ -337,11 +341,10 @@ def download(url, path, md5):
 
 
 def in_split(names, split):
-    """Which names, of a data set without splits, belong to one: the first and, by a hash of the name, one in sixteen
-    are kept for testing. So (but for the first) a picture stays where it is when others join."""
+    """Which names, of a data set without splits, belong to one: the first and those reserved are for testing. So (but
+    for the first) a picture stays where it is when others join."""
     names = sorted(names)
-    return [name for name in names
-            if (name == names[0] or zlib.crc32(name.encode()) % 16 == 0) == (split == "test")]
+    return [name for name in names if (name == names[0] or reserved(name)) == (split == "test")]
 
 
 def coco(place, split):
@@ -508,7 +511,7 @@ class Tar:
             with tarfile.open(shard, "r:") as tar:
                 for i, (name, group) in enumerate(itertools.groupby(members(tar), key=lambda pair: pair[0])):
                     first = i == 0 and shard == self.shards[0]  # as in `in_split`
-                    if name and (first or zlib.crc32(name.encode()) % 16 == 0) == (self.split == "test"):
+                    if name and (first or reserved(name)) == (self.split == "test"):
                         yield shard, name, {member.name[len(name):].lower(): (member.offset_data, member.size)
                                             for _, member in group}
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -819,10 +822,11 @@ class Run:
 
     def picks(self, arrays):
         """A function that gives `fit` batches of what was computed once: {key: rows of an array (N, ...)}"""
+        count = len(next(iter(arrays.values())))
+
         def batches(first, recipe):
             share = recipe.batch // self.ranks
             for step in range(first, recipe.steps):
-                count = len(next(iter(arrays.values())))
                 rows = np.random.default_rng((self.args.seed, step)).integers(count, size=recipe.batch)
                 rows = rows[self.rank * share:][:share]
                 yield [torch.from_numpy(x[rows]).to(self.device) for x in arrays.values()]
@@ -1048,13 +1052,18 @@ def train_tokenizer(args, config, captions=20_000):
     return tokenizer
 
 
+def half_side(config):
+    """Side of the pictures, or pieces of them, that the contrastive model and Stage A learn from."""
+    return max(32, config.image_size // 2)
+
+
 def train_text(run):
     """The text encoder, contrastively against an EfficientNet. (The authors take OpenCLIP's, trained just so.)
 
     Among random captions a list of the words suffices to find the right one, so nothing would be learned of which word
     belongs to which (Yuksekgonul et al., 2023). Hence each caption's wrong twin joins them, the same words exchanged.
     """
-    seed, side = run.args.seed, max(32, run.args.image_size // 2)  # small pictures will do
+    seed, side = run.args.seed, half_side(run.config)  # small pictures will do
 
     def twins_of(data, captions, rng):
         """A wrong caption or None for each; only Shapes knows how to make them."""
@@ -1096,7 +1105,7 @@ def train_text(run):
 def train_a(run):
     """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many pictures
     in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
-    cfg, steps, side = run.config.a, run.recipe("a").steps, max(32, run.args.image_size // 2)
+    cfg, steps, side = run.config.a, run.recipe("a").steps, half_side(run.config)
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
     network.register_buffer("idle", torch.full((cfg.codebook_size,), math.inf))  # in the checkpoint, not in a.pt

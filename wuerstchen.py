@@ -449,7 +449,8 @@ def contrastive_loss(logits, ids):
     logits (B, N), ids (N, L): the first B captions are the pictures', any others fit none of them -> scalar"""
     same = (ids[: len(logits), None] == ids[None]).all(dim=-1).float()
     of_picture = same / same.sum(dim=1, keepdim=True)
-    of_caption = same[:, : len(logits)] / same[:, : len(logits)].sum(dim=1, keepdim=True)
+    own = same[:, : len(logits)]
+    of_caption = own / own.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, of_picture) + F.cross_entropy(logits[:, : len(logits)].T, of_caption)) / 2
 
 
