@@ -255,24 +255,35 @@ class Dropout(nn.Dropout):
 
 
 class ResBlock(nn.Module):
-    """Depthwise 3x3 mixes space, then an MLP mixes channels. `skip_channels` more channels may join before the MLP
-    (U-Net skip and semantic latents in Stage B)."""
+    """Depthwise 3x3 mixes space, then an MLP mixes channels. `more_channels` may join before the MLP: the U-Net's skip
+    and, through a mapper, the semantic latents (Stage B)."""
 
-    def __init__(self, channels, skip_channels=0, dropout=0.0):
+    def __init__(self, channels, more_channels=0, dropout=0.0):
         super().__init__()
         self.depthwise = Conv(channels, channels, 3, padding=1, groups=channels)
         self.norm = layer_norm(channels)
-        self.expand = nn.Linear(channels + skip_channels, 4 * channels)
+        self.expand = nn.Linear(channels + more_channels, 4 * channels)
         self.grn = GlobalResponseNorm(4 * channels)
         self.dropout = Dropout(dropout)
         self.project = nn.Linear(4 * channels, channels)
 
-    def forward(self, x, *skips):
-        """x (B, H, W, C), skips: tensors (B, H, W, ...) with skip_channels together -> (B, H, W, C)"""
+    def read(self, semantic, mapper):
+        """Two Linears in a row are one: the mapper, and what `expand` does to its channels, which come last. So
+        `expand` has 16 more channels to multiply instead of hundreds.
+        semantic (B, H, W, 16), mapper: Linear -> what F.linear takes: semantic, weight (4C, 16), bias (4C,)"""
+        weight = self.expand.weight[:, -mapper.out_features:]
+        return semantic, weight @ mapper.weight, weight @ mapper.bias
+
+    def forward(self, x, skip=None, read=None):
+        """x (B, H, W, C), skip (B, H, W, ...), read: what `read` gave -> (B, H, W, C)"""
         h = self.norm(self.depthwise(x))
-        if skips:
-            h = torch.cat([h, *skips], dim=-1)
-        h = self.grn(F.gelu(self.expand(h)))
+        if skip is not None:
+            h = torch.cat([h, skip], dim=-1)
+        if read is None:
+            h = self.expand(h)
+        else:
+            h = F.linear(h, self.expand.weight[:, :h.shape[-1]], self.expand.bias) + F.linear(*read)
+        h = self.grn(F.gelu(h))
         return x + self.project(self.dropout(h))
 
 
@@ -285,8 +296,8 @@ class TimestepBlock(nn.Module):
 
     def forward(self, x, time):
         """x (B, H, W, C), time (B, time_width) -> (B, H, W, C)"""
-        a, b = self.mapper(time)[:, None, None].chunk(2, dim=-1)
-        return x * (1 + a) + b
+        a, b = self.mapper(time)[:, None, None].to(x.dtype).chunk(2, dim=-1)
+        return torch.addcmul(b, x, 1 + a)
 
 
 def attention(q, k, v, mask=None):
@@ -334,8 +345,9 @@ class AttnBlock(nn.Module):
 
     def read(self, text):
         """text (B, L, cond_width), after SiLU -> its keys and values (B, L, C)"""
-        text = self.kv(text)
-        return self.attention.k(text), self.attention.v(text)
+        # Again two Linears in a row: `kv` and the one after it.
+        return [F.linear(text, after.weight @ self.kv.weight, after.weight @ self.kv.bias + after.bias)
+                for after in (self.attention.k, self.attention.v)]
 
     def forward(self, x, text):
         """x (B, H, W, C), text: keys and values -> (B, H, W, C)"""
@@ -727,22 +739,27 @@ class Level(nn.Module):
 
     def read(self, semantic, text):
         """What doesn't change from step to step. semantic (B, H, W, 16), of this level's size; text (B, L, cond_width)
-        -> what the ResBlocks see of the one, None if nothing; what each AttnBlock sees of the other"""
-        cond = None if self.mapper is None else self.mapper(semantic)
-        return cond, [block.read(text) for block in self.blocks if isinstance(block, AttnBlock)]
-
-    def forward(self, x, time, read, skip=None):
-        """x (B, H, W, C), time (B, time_width), read: what `read` gave, skip (B, H, W, skip_channels): the same level's
-        output on the way down -> (B, H, W, C); where `before` or `after` is given, x has another size on that side"""
-        cond, texts = read[0], iter(read[1])
+        -> for each block what it sees of them, None if nothing"""
+        reads = []
         for block in self.blocks:
+            if isinstance(block, ResBlock) and self.mapper is not None:
+                reads.append(block.read(semantic, self.mapper))
+            else:
+                reads.append(block.read(text) if isinstance(block, AttnBlock) else None)
+        return reads
+
+    def forward(self, x, time, reads, skip=None):
+        """x (B, H, W, C), time (B, time_width), reads: what `read` gave, skip (B, H, W, skip_channels): the same
+        level's output on the way down -> (B, H, W, C); where `before` or `after` is given, x has another size on that
+        side"""
+        for block, read in zip(self.blocks, reads):
             if isinstance(block, ResBlock):
-                x = block(x, *(y for y in (skip, cond) if y is not None))
+                x = block(x, skip, read)
                 skip = None  # only the first ResBlock sees it
             elif isinstance(block, TimestepBlock):
                 x = block(x, time)
             elif isinstance(block, AttnBlock):
-                x = block(x, next(texts))
+                x = block(x, read)
             else:
                 x = block(x)
         return x

