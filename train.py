@@ -51,6 +51,7 @@ import warnings
 import zlib
 from contextlib import ExitStack, nullcontext
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 
 try:
@@ -64,12 +65,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from tokenizer import Tokenizer, read_json
-from wuerstchen import (CLIP, PRESETS, Discriminator, Wuerstchen, add_noise, codebook_usage, contrastive_loss,
-                        diffusion_loss, resize, save_config, save_whole, shrink, training_times)
+from wuerstchen import (CLIP, PRESETS, AttnBlock, Discriminator, ResBlock, VQBlock, Wuerstchen, add_noise,
+                        codebook_usage, contrastive_loss, diffusion_loss, resize, save_config, save_whole, shrink,
+                        training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
@@ -749,7 +752,8 @@ class Run:
         return Recipe(self.args.steps or recipe.steps, self.args.batch_size or recipe.batch, self.args.lr or recipe.lr)
 
     def autocast(self):
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.args.precision == "bfloat16")
+        return torch.autocast(self.device.split(":")[0], getattr(torch, self.args.precision),
+                              enabled=self.args.precision != "float32")
 
     def log(self, **numbers):
         if self.rank == 0:
@@ -765,7 +769,11 @@ class Run:
                             worker_init_fn=default_signals, generator=torch.Generator())  # not from the global one
         for images, captions, skipped in loader:
             self.account(data, len(captions), skipped)
-            yield images.to(self.device) / 255, captions
+            yield self.send(images) / 255, captions
+
+    def send(self, x):
+        """A tensor to where it is computed with. From pinned memory a GPU fetches it by itself, while it computes."""
+        return x.pin_memory().to(self.device, non_blocking=True) if "cuda" in self.device else x.to(self.device)
 
     def account(self, data, seen, skipped):
         for name, reason in skipped:
@@ -829,7 +837,7 @@ class Run:
             for step in range(first, recipe.steps):
                 rows = np.random.default_rng((self.args.seed, step)).integers(count, size=recipe.batch)
                 rows = rows[self.rank * share:][:share]
-                yield [torch.from_numpy(x[rows]).to(self.device) for x in arrays.values()]
+                yield [self.send(torch.from_numpy(x[rows])) for x in arrays.values()]
         return batches
 
     def examples(self, count=8):
@@ -979,6 +987,14 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
     network.train()
     optimizers = make_optimizers(network, pace, muon)
     step, warm_up = 0, min(10_000, recipe.steps // 20 + 1)
+    scale = 2.0**12 if args.precision == "float16" else 1.0  # small gradients would vanish in float16
+    if args.recompute:
+        for module in network.modules():
+            if isinstance(module, (ResBlock, AttnBlock, VQBlock)):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    if args.compile:
+        for part in network.children():
+            part.compile()
     if run.rank > 0:  # the networks began alike everywhere; what is drawn from now on differs
         torch.manual_seed(args.seed + run.rank)
     if path.exists():
@@ -1027,7 +1043,9 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
             with nullcontext() if last or run.ranks == 1 else objective.no_sync():
                 with run.autocast():
                     loss, numbers = objective([x[i * size:(i + 1) * size] for x in batch], step)
-                (loss / args.accumulate).backward()
+                (loss * (scale / args.accumulate)).backward()
+        if scale != 1:
+            torch._foreach_mul_([p.grad for p in network.parameters() if p.grad is not None], 1 / scale)
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
         # What one process meets, all must act on together.
         news = torch.stack([torch.tensor(float(max(stop, default=0)), device=run.device),
@@ -1037,7 +1055,7 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
         stopped, bad = (int(x) for x in news.tolist())
         if bad:
             copy_buffers(network, average)  # BatchNorm's statistics are spoiled too
-            spoiled, in_a_row = spoiled + 1, in_a_row + 1
+            spoiled, in_a_row, scale = spoiled + 1, in_a_row + 1, max(1.0, scale / 2)
             run.log(stage=stage, step=step + 1, not_finite=spoiled)
             if in_a_row == 10:
                 kept = f"{path} holds the last good state" if path.exists() else "nothing was saved yet"
@@ -1249,13 +1267,16 @@ def train_b(run):
 
 
 def train_c(run):
-    """Stage C, on semantic latents computed once. Its text encoder is trained with it: with a frozen one, fewer
-    captions come out right."""
-    model = run.model
+    """Stage C, on semantic latents computed once. Its text encoder is trained with it: Shapes' has seen so few captions
+    that with a frozen one, fewer come out right. With --freeze-text, as in the paper, its part is computed once too."""
+    model, frozen = run.model, run.args.freeze_text
+    if not run.given:
+        model.text = copy.deepcopy(model.text_b)
 
     def compute(images, captions):
         ids, mask = run.tokens(captions, model.tokenizer)
-        return dict(semantic=model.compress(images), ids=ids, mask=mask)
+        text = dict(text=model.text(ids, mask).half()) if frozen else dict(ids=ids, mask=mask)
+        return dict(semantic=model.compress(images)) | text
 
     arrays = run.cached("semantic", compute)
     # Measured for given weights too: at another size, the same C then learns in half the steps. Early on, a channel may
@@ -1263,27 +1284,33 @@ def train_c(run):
     semantic = arrays["semantic"]
     model.c.latent_mean.copy_(torch.from_numpy(semantic.mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(semantic.std(axis=(0, 1, 2)).clip(1e-3)))
-    if not run.given:
-        model.text = copy.deepcopy(model.text_b)
-    network = nn.ModuleDict(dict(text=model.text, c=model.c))
+    network = nn.ModuleDict(dict(c=model.c) if frozen else dict(text=model.text, c=model.c))
     no_ids, no_mask = run.tokens([""], model.tokenizer)
+    with torch.no_grad():
+        nothing = model.text(no_ids, no_mask)
 
     def loss_of(network, batch, step):
-        x, ids, mask = batch
+        x, *text = batch
         x = (x - model.c.latent_mean) / model.c.latent_std
-        drop = chance(0.05, ids)
-        text = network["text"](torch.where(drop, no_ids, ids), torch.where(drop, no_mask, mask))
+        drop = chance(0.05, x).view(-1, 1)
+        if frozen:
+            text = torch.where(drop[..., None], nothing, text[0].float())
+        else:
+            text = network["text"](torch.where(drop, no_ids, text[0]), torch.where(drop, no_mask, text[1]))
         t, noise = training_times(len(x), run.device), torch.randn_like(x)
         return diffusion_loss(noise, network["c"](add_noise(x, noise, t), t, text), t), {}
 
+    def take(average):
+        for name, part in average.items():
+            setattr(model, name, part)
+
     def sheet(average, step):
-        model.text, model.c = average["text"], average["c"]
+        take(average)
         images, captions = run.examples()
         run.save_sheet("c", step, [images, model.generate(captions, seed=0)], captions)
 
-    average = fit(run, "c", network, run.picks(arrays), loss_of, sheet,
-                  pace=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
-    model.text, model.c = average["text"], average["c"]
+    take(fit(run, "c", network, run.picks(arrays), loss_of, sheet,
+             pace=lambda name: 0.1 if name.startswith("text") else 1))  # faster, it forgets what it knows
 
 
 def chance(probability, x):
@@ -1298,7 +1325,7 @@ TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
 NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 # Options that a run keeps from its first command to its last, and their defaults. Those that are not FIXED may change.
 KEPT = {"preset": "tiny", "data": "shapes", "image_size": None, "init_from": None, "seed": 0, "data_dir": None,
-        "crop": "centre", "flip": False, "precision": None}
+        "crop": "centre", "flip": False, "precision": None, "freeze_text": False}
 FIXED = ("preset", "data", "image_size", "init_from")
 # What no longer fits when a stage is finished anew, or isn't needed any more.
 OUTDATED = {"text": ("latents", "b.ckpt"), "a": ("latents", "b.ckpt"), "b": ("latents", "semantic", "c.ckpt"), "c": ()}
@@ -1334,8 +1361,13 @@ def parse_args(argv=None):
         "computed once (default: the preset's)")
     add("--seed", type=int, help="of the data and the weights (default: 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--precision", choices=("float32", "bfloat16"),
-        help="bfloat16: autocast (default: where the machine that begins the run multiplies it faster)")
+    add("--freeze-text", action="store_true", default=None, help="Stage C: leave the text encoder as it is, and compute "
+        "its part once")
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: bfloat16 where "
+        "the machine that begins the run multiplies it faster, float16 on a GPU without it)")
+    add("--compile", action="store_true", help="compile the networks: minutes at first, then faster steps on a GPU")
+    add("--recompute", action="store_true", help="keep no activations inside the blocks but compute them again for the "
+        "gradient: less memory, more time")
     add("--workers", type=int, default=0, help="processes that prepare pictures; 0: none beside the main one")
     add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
     add("--sheet-every", type=int, default=250, help="steps between sheets of pictures")
@@ -1368,17 +1400,21 @@ def pick_device(name):
     return name
 
 
-def bfloat16_is_faster(device):
-    """Times a matrix product: some CPUs have instructions for bfloat16, others emulate it slowly."""
+def pick_precision(device):
+    """The fastest that a network learns in. Some CPUs have instructions for bfloat16, others emulate it slowly; GPUs
+    without it have float16."""
     def seconds(dtype):
-        x = torch.randn(512, 512, device=device).to(dtype)
-        (x @ x).sum().item()
+        x = torch.randn(512, 512).to(dtype)
+        x @ x
         start = time.perf_counter()
         for _ in range(20):
-            y = x @ x
-        y.sum().item()  # waits for a GPU
+            x @ x
         return time.perf_counter() - start
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+    if "cuda" in device:
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    faster = device == "cpu" and seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+    return "bfloat16" if faster else "float32"
 
 
 def join_processes(args):
@@ -1406,8 +1442,7 @@ def lock(folder):
 
 def begin(args, config):
     """Writes what all later commands of a run need: options, sizes and vocabulary; with --init-from, weights too."""
-    if args.precision is None:
-        args.precision = "bfloat16" if args.device != "mps" and bfloat16_is_faster(args.device) else "float32"
+    args.precision = args.precision or pick_precision(args.device)
     if args.init_from:
         begun = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if begun else Wuerstchen.from_official(args.init_from)
@@ -1452,6 +1487,8 @@ def main(argv=None):
         raise ValueError(f"--image-size must be a multiple of {config.stride} for {args.preset}, not {args.image_size}")
     args.cache = args.cache or CACHE[args.preset]
     args.device = pick_device(args.device)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if args.download:
         args.data_dir = args.data_dir or "data"
     join_processes(args)

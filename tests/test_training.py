@@ -59,6 +59,75 @@ def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
     assert len(train.make_optimizers(network, lambda name: 1, muon=False)) == 1
 
 
+def test_muon_is_torchs():
+    """All matrices of a shape at once do what torch.optim.Muon does to each; wide, tall and square ones."""
+    shapes = [(64, 64), (64, 64), (128, 64), (64, 192), (64, 192)]
+    ours, theirs = ([torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_()
+                     for i, shape in enumerate(shapes)] for _ in range(2))
+    muon = train.Muon([dict(params=ours, lr=0.05)])
+    reference = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    start = [p.detach().clone() for p in ours]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        muon.step()
+        reference.step()
+    for p, q, first in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - first).norm()
+    values = torch.linalg.svdvals(train.orthogonal(torch.randn(1, 64, 192)))
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def fit_a_line(run, tmp_path, options, loss_of):
+    """`fit` for a network of one Linear, the same batches and first weights in every test."""
+    folder = copy_of(run, tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+    args = train.parse_args(["c", "--run", str(folder), *FEW, "--batch-size", "8", *options])
+    for name, value in train.read_options(folder).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.device = "cpu"
+    torch.manual_seed(0)
+    network = torch.nn.Linear(5, 3)
+    batches = lambda first, recipe: ([torch.randn(8, 5, generator=torch.Generator().manual_seed(step))]
+                                     for step in range(first, recipe.steps))
+    return train.fit(train.Run(args), "c", network, batches, loss_of, lambda average, step: None), folder
+
+
+def test_float16_learns_with_scaled_gradients(run, tmp_path):
+    """What gives float16 a gradient out of its range is skipped, and the scale halved until it fits."""
+    loss_of = lambda network, batch, step: ((100 * network(batch[0])).float().sum() / 8, {})
+    half, folder = fit_a_line(run, tmp_path, ["--precision", "float16"], loss_of)
+    skipped = [row["step"] for row in metrics(folder) if "not_finite" in row]
+    assert 0 < len(skipped) < 7 and skipped == list(range(1, len(skipped) + 1))
+    full, folder = fit_a_line(run, tmp_path, [], loss_of)
+    assert not [row for row in metrics(folder) if "not_finite" in row]
+    assert half.weight.isfinite().all() and not torch.equal(half.weight, full.weight)
+
+
+@pytest.mark.parametrize("stage", ["a", "c"])
+def test_recomputed_activations_give_the_same_weights(run, tmp_path, stage):
+    ends = []
+    for options in ([], ["--recompute"]):
+        folder = copy_of(run, tmp_path / f"run{len(options)}", stage)
+        train.main([stage, "--run", str(folder), *FEW, *options])
+        ends.append(torch.load(folder / f"{stage}.pt")[stage])
+    for name, x in ends[0].items():
+        torch.testing.assert_close(x, ends[1][name], msg=name)
+
+
+def test_a_frozen_text_encoder_is_read_once(run, tmp_path):
+    folder = copy_of(run, tmp_path / "run", "c")
+    train.main(["c", "--run", str(folder), *FEW, "--freeze-text"])
+    old, new = Wuerstchen.load(run), Wuerstchen.load(folder)
+    for (name, x), y, of_b in zip(old.text.state_dict().items(), new.text.state_dict().values(),
+                                  old.text_b.state_dict().values()):
+        assert torch.equal(y, of_b), name
+    assert not torch.equal(old.c.out.weight, new.c.out.weight)
+    kept = json.loads((folder / "semantic" / "made_of.json").read_text())["arrays"]
+    assert set(kept) == {"semantic", "text"} and kept["text"] == ["float16", [64, 24, 128]]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_goes_on(run, tmp_path, number):
     """Ctrl-C and a polite kill save and say how to go on: from the step they stopped at, none left out, none twice."""
@@ -255,23 +324,11 @@ def test_checkpoints_of_another_kind_are_named(run, tmp_path, monkeypatch):
 
 
 def test_a_batch_in_parts_is_the_same_batch(run, tmp_path):
-    found = []
-    for parts in (1, 4):
-        folder = copy_of(run, tmp_path / f"run{parts}")
-        args = train.parse_args(["c", "--run", str(folder), *FEW, "--accumulate", str(parts), "--batch-size", "8"])
-        for name, value in train.read_options(folder).items():
-            setattr(args, name, value)
-        args.device, args.precision = "cpu", "float32"
-        torch.manual_seed(0)
-        network = torch.nn.Linear(5, 3)
-        batches = lambda first, recipe: ([torch.randn(8, 5, generator=torch.Generator().manual_seed(step))]
-                                         for step in range(first, recipe.steps))
-        loss_of = lambda network, batch, step: (network(batch[0]).square().mean(), {})
-        found.append(train.fit(train.Run(args), "c", network, batches, loss_of, lambda average, step: None))
-    torch.testing.assert_close(found[0].weight, found[1].weight, rtol=1e-5, atol=1e-7)
-    args.accumulate = 3
+    loss_of = lambda network, batch, step: (network(batch[0]).square().mean(), {})
+    whole, parts = (fit_a_line(run, tmp_path, ["--accumulate", n], loss_of)[0] for n in "14")
+    torch.testing.assert_close(whole.weight, parts.weight, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="can't be split into 3 equal parts"):
-        train.fit(train.Run(args), "c", network, batches, loss_of, lambda average, step: None)
+        fit_a_line(run, tmp_path, ["--accumulate", "3"], loss_of)
 
 
 # Fine-tuning
