@@ -470,12 +470,18 @@ def contrastive_loss(logits, ids):
 # 4. Stage A: a VQGAN that makes pictures 4 times smaller in each direction (paper, section 3.1; Esser et al., 2021).
 
 
+def pad_edges(x):
+    """Repeats the outermost pixels once. (B, H, W, C) -> (B, H + 2, W + 2, C)"""
+    with torch.autocast(x.device.type, enabled=False):  # which would go to float32 and back for it
+        return F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
+
+
 class VQBlock(nn.Module):
     """Depthwise convolution and MLP, each behind a LayerNorm and scaled by learned scalars that start at 0."""
 
     def __init__(self, channels):
         super().__init__()
-        self.depthwise = Conv(channels, channels, 3, padding=1, padding_mode="replicate", groups=channels)
+        self.depthwise = Conv(channels, channels, 3, groups=channels)
         self.expand = nn.Linear(channels, 4 * channels)
         self.project = nn.Linear(4 * channels, channels)
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -483,7 +489,7 @@ class VQBlock(nn.Module):
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
         g = self.gammas
-        x = x + self.depthwise(self.modulated_norm(x, g[0], g[1])) * g[2]
+        x = x + self.depthwise(pad_edges(self.modulated_norm(x, g[0], g[1]))) * g[2]
         h = F.gelu(self.expand(self.modulated_norm(x, g[3], g[4])))
         return x + self.project(h) * g[5]
 
