@@ -13,18 +13,19 @@ How fast this is, beside the reference's classes on the same machine:
 
 The reference is diffusers, where that package (and transformers, which it wants) is installed; nothing else in the
 project needs them. Without, only our side is timed. The sides take turns, so that whatever else slows the machine slows
-both; a time is the median of its turns. Of float32 and bfloat16 (autocast) each side is shown with its faster one.
+both; times, and ratios of times, are the medians of the turns. Of float32 and bfloat16 (autocast) each side is shown with
+its faster one.
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -59,6 +60,11 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s as pu
 # Measuring. A `work` is a function that computes something, work(precision), to be timed.
 
 
+def ratio(slow, fast):
+    """How many times as long one side took as the other, turn by turn -> median"""
+    return median(a / b for a, b in zip(slow, fast))
+
+
 class Bench:
     """The options, and what the machine multiplies at best."""
 
@@ -67,7 +73,7 @@ class Bench:
         n = 8192 if device == "cuda" else 1536
         matrices = {name: torch.randn(n, n, device=device).to(dtype) for name, dtype in PRECISIONS.items()}
         taken = self.alternate({name: partial(torch.matmul, x, x) for name, x in matrices.items()})
-        self.rates = {name: 2 * n**3 / seconds for name, seconds in taken.items()}
+        self.rates = {name: 2 * n**3 / median(times) for name, times in taken.items()}
         print("matrix products: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.rates.items()))
 
     def autocast(self, precision):
@@ -81,9 +87,9 @@ class Bench:
         return time.perf_counter() - start
 
     def alternate(self, sides):
-        """sides {name: function}: each in turn, after two rounds to warm up -> {name: median of its seconds}"""
+        """sides {name: function}: each in turn, after two rounds to warm up -> {name: its seconds, turn by turn}"""
         times = [[self.seconds(run) for run in sides.values()] for _ in range(2 + self.rounds)]
-        return {name: statistics.median(taken) for name, taken in zip(sides, zip(*times[2:]))}
+        return dict(zip(sides, zip(*times[2:])))
 
     def look_inside(self, run):
         """Profiles one run -> bytes it takes at most beyond what was there before, [(operator, share of the time)]"""
@@ -114,18 +120,19 @@ class Bench:
         print(f"\n{what}")
         best, tops = {}, {}
         for side, work in works.items():
-            precision = min(PRECISIONS, key=lambda precision: taken[side, precision])
-            best[side] = took = taken[side, precision]
+            precision = min(PRECISIONS, key=lambda precision: median(taken[side, precision]))
+            best[side] = taken[side, precision]
+            took = median(best[side])
             with FlopCounterMode(display=False) as counter:
                 work(precision)
             rate = counter.get_total_flops() / took
             most, tops[side] = self.look_inside(partial(work, precision))
             other = next(name for name in PRECISIONS if name != precision)
-            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision} ({taken[side, other] * 1e3:.1f} in {other}), "
+            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision} ({median(taken[side, other]) * 1e3:.1f} in {other}), "
                   f"{pictures / took:7.1f} pictures/s, {rate / 1e9:7,.0f} GFLOP/s = "
                   f"{rate / self.rates[precision]:3.0%} of matrix products, {most / 2**20:,.0f} MB")
         if theirs:
-            print(f"  {best['reference'] / best['ours']:.2f} times as fast as the reference")
+            print(f"  {ratio(best['reference'], best['ours']):.2f} times as fast as the reference")
         for side, top in tops.items():
             print(f"  {side:9} spends " + ", ".join(f"{share:.0%} {name}" for name, share in top), flush=True)
 
@@ -296,11 +303,11 @@ def cache(bench):
         works[f"on the fly, compressor {name}"] = partial(on_the_fly, compressor)
     taken = bench.alternate({(name, precision): partial(work, precision)
                              for name, work in works.items() for precision in PRECISIONS})
-    best = {name: min(taken[name, precision] for precision in PRECISIONS) for name in works}
+    best = {name: min((taken[name, precision] for precision in PRECISIONS), key=median) for name in works}
     print(f"\nTraining Stage C, {count} pictures of 128 px a step")
-    for name, seconds in best.items():
-        print(f"  {name:32} {count / seconds:7.0f} pictures/s, the cache is "
-              f"{seconds / best['from the cache']:.1f} times as fast", flush=True)
+    for name, times in best.items():
+        print(f"  {name:32} {count / median(times):7.0f} pictures/s, the cache is "
+              f"{ratio(times, best['from the cache']):.1f} times as fast", flush=True)
 
 
 def stages(bench):
@@ -331,7 +338,7 @@ def v2(bench):
     compiled = torch.compile(c)
     step = training_step(bench, c, lambda: diffusion_loss(noise, compiled(x, t, text), t))
     most, top = bench.look_inside(lambda: step("bfloat16"))
-    took = bench.alternate({"step": lambda: step("bfloat16")})["step"]
+    took = median(bench.alternate({"step": lambda: step("bfloat16")})["step"])
     rate, name = counter.get_total_flops() / took, torch.cuda.get_device_name()
     peak = next((value for card, value in PEAK.items() if card in name), None)
     print(f"\nTraining step of Stage C v2, {count} semantic latents of 24x24, bfloat16, compiled, on {name}\n"
