@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, Batches, half_side, make_sheet, open_data,
+from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, Batches, make_sheet, open_data,
                    parse, pick_device, read_options, to_picture)
-from wuerstchen import CLIP, FAST_TIMES, Wuerstchen, codebook_usage, resize
+from wuerstchen import CLIP, FAST_TIMES, Wuerstchen, codebook_usage, shrink
 
 
 def times(text):
@@ -303,19 +303,14 @@ class Judge:
         self.features = inception(args.inception, model.device) if args.inception else self.clip and self.image_tower
         self.features_of = Path(args.inception).name if args.inception else "the run's image tower"
 
-    def small(self, images):
-        """Pictures as the contrastive model was trained on them."""
-        side = half_side(self.model.config)
-        return resize(images, side, side)
-
     def image_tower(self, images):
-        return self.clip.image(self.small(images)).mean(dim=(1, 2))
+        return self.clip.image(shrink(images)).mean(dim=(1, 2))
 
     def clip_score(self, images, captions):
         """100 times the cosine between pictures and their captions, 0 where it is negative (Hessel et al., 2021)
         -> (N,)"""
         ids, mask = (x.to(images.device) for x in self.model.tokenizer(captions))
-        cosine = self.clip(self.small(images), ids, mask).diag() / self.clip.logit_scale.exp().clamp(max=100)
+        cosine = self.clip(images, ids, mask).diag() / self.clip.logit_scale.exp().clamp(max=100)
         return 100 * cosine.clamp(min=0)
 
     def examples(self, split, batch=0):

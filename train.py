@@ -71,8 +71,7 @@ from tqdm import tqdm
 
 from tokenizer import Tokenizer, read_json
 from wuerstchen import (CLIP, PRESETS, AttnBlock, Discriminator, ResBlock, VQBlock, Wuerstchen, add_noise,
-                        codebook_usage, contrastive_loss, diffusion_loss, resize, save_config, save_whole, shrink,
-                        training_times)
+                        codebook_usage, contrastive_loss, diffusion_loss, save_config, save_whole, shrink, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
@@ -1105,18 +1104,13 @@ def train_tokenizer(args, config, captions=20_000):
     return tokenizer
 
 
-def half_side(config):
-    """Side of the pictures, or pieces of them, that the contrastive model and Stage A learn from."""
-    return max(32, config.image_size // 2)
-
-
 def train_text(run):
     """The text encoder, contrastively against an EfficientNet. (The authors take OpenCLIP's, trained just so.)
 
     Among random captions a list of the words suffices to find the right one, so nothing would be learned of which word
     belongs to which (Yuksekgonul et al., 2023). Hence each caption's wrong twin joins them, the same words exchanged.
     """
-    seed, side = run.args.seed, half_side(run.config)  # small pictures will do
+    seed = run.args.seed
 
     def twins_of(data, captions, rng):
         """A wrong caption or None for each; only Shapes knows how to make them."""
@@ -1126,7 +1120,7 @@ def train_text(run):
         images, captions = batch
         twins = twins_of(run.train_data, captions, np.random.default_rng((seed, step)))
         ids, mask = run.tokens(captions + [twin for twin in twins if twin], run.model.tokenizer_b)
-        image, text = clip.embed_images(resize(images, side, side)), clip.embed_text(ids, mask)
+        image, text = clip.embed_images(images), clip.embed_text(ids, mask)
         # The pictures of all processes against the captions of all, which come before the twins.
         n = len(captions)
         text, ids = (torch.cat([gather(x[:n]), gather(x[n:])]) for x in (text, ids))
@@ -1139,7 +1133,7 @@ def train_text(run):
         twins = twins_of(run.test_data, captions, np.random.default_rng(seed))
         rows = [i for i, twin in enumerate(twins) if twin]
         ids, mask = run.tokens(captions + [twins[i] for i in rows], run.model.tokenizer_b)
-        logits = clip(resize(images, side, side), ids, mask)
+        logits = clip(images, ids, mask)
         best = logits[:, :256].argmax(dim=1)
         numbers = dict(accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean().item())
         if rows:
@@ -1158,7 +1152,7 @@ def train_text(run):
 def train_a(run):
     """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many pictures
     in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
-    cfg, steps, side = run.config.a, run.recipe("a").steps, half_side(run.config)
+    cfg, steps, side = run.config.a, run.recipe("a").steps, max(32, run.config.image_size // 2)
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
     network.register_buffer("idle", torch.full((cfg.codebook_size,), math.inf))  # in the checkpoint, not in a.pt

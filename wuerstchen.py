@@ -444,7 +444,8 @@ class CLIP(nn.Module):
 
     def embed_images(self, images):
         """images (B, H, W, 3) in [0, 1] -> unit vectors (B, width)"""
-        image = self.image(images).mean(dim=(1, 2))
+        # Shrunk as the compressor has them: learned at another size, a shape is strange to it.
+        image = self.image(shrink(images)).mean(dim=(1, 2))
         return F.normalize(self.image_projection(image).float(), dim=-1)
 
     def compare(self, image, text):

@@ -101,7 +101,7 @@ def test_clip_score_is_the_cosine_of_each_picture_and_its_caption(run):
     judge = judge_of(run)
     images, captions = judge.examples("test")
     ids, mask = judge.model.tokenizer(captions)
-    small = F.interpolate(images.movedim(-1, 1), (32, 32), mode="bicubic", antialias=True).movedim(1, -1)
+    small = F.interpolate(images.movedim(-1, 1), (48, 48), mode="bicubic", antialias=True).movedim(1, -1)
     clip = CLIP(judge.model.config).eval()
     clip.load_state_dict(torch.load(run / "clip.pt"))
     image = clip.image_projection(clip.image(small).mean(dim=(1, 2)))
