@@ -722,7 +722,7 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(500, 32, 4e-3), b=Recipe(2300, 32, 1.2e-3),
+    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2500, 32, 1.2e-3),
                  c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
@@ -1151,7 +1151,7 @@ def train_text(run):
 
 def train_a(run):
     """The VQGAN. It learns from pieces with half the picture's side, as nothing in it looks far: twice as many pictures
-    in half the time. Its discriminator joins when half of the run is over and there is something to refine."""
+    in half the time. Its discriminator joins for the last quarter, when there is something to refine."""
     cfg, steps, side = run.config.a, run.recipe("a").steps, max(32, run.config.image_size // 2)
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
@@ -1165,9 +1165,9 @@ def train_a(run):
         if run.ranks > 1:  # each process drew other latents
             distributed.broadcast(vqgan.quantizer.codebook.data, 0)
         mse = F.mse_loss(reconstruction, images)
-        loss = mse + F.l1_loss(reconstruction, images) + vq_loss
+        loss = 10 * mse + F.l1_loss(reconstruction, images) + vq_loss  # the square is far smaller: alone, 1 dB less
         numbers = dict(mse=mse, vq_loss=vq_loss, revived=revived)
-        if step >= steps // 2:
+        if step >= 3 * steps // 4:
             # Hinge losses. One optimizer serves both: the generator's term must not reach the discriminator's weights,
             # nor the discriminator's the generator.
             discriminator.requires_grad_(False)
@@ -1238,7 +1238,7 @@ def train_b(run):
         small, latents, text = batch
         # The authors leave out 5 % of the captions. Shapes' say nearly all there is to see: B would read colours and
         # shapes off them, and pay no heed to the semantic latents.
-        text = torch.where(chance(0.15, text), nothing, text).float()
+        text = torch.where(chance(0.25, text), nothing, text).float()
         semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
         # 5 % of the semantic latents are zeroed, 30 % of the others noised.
@@ -1256,7 +1256,10 @@ def train_b(run):
         images, captions = run.examples()
         run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
 
-    average = fit(run, "b", network, run.picks(arrays), loss_of, sheet)
+    # The compressor begins as the contrastive model's picture side, which tells shapes and colours apart. While it moves
+    # slowly, B can learn to read it.
+    average = fit(run, "b", network, run.picks(arrays), loss_of, sheet,
+                  pace=lambda name: 0.2 if name.startswith("compressor") else 1)
     model.compressor, model.b = average["compressor"], average["b"]
 
 

@@ -465,7 +465,7 @@ def test_two_processes_of_eight_are_one_of_sixteen(run, tmp_path, stage):
     assert one.keys() == two.keys() and len(one) > 20
     largest = max(x.abs().max() for name, x in one.items() if "running" not in name)
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-5 * max(1, largest), msg=name)
+        torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=3e-4 * max(1, largest), msg=name)
 
 
 def torchrun(*command):
