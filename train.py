@@ -8,8 +8,8 @@ Trains Würstchen from nothing, stage by stage:
 
 The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
 Stage C on the compressor's latents. Stage B reads the text encoder as it is; Stage C goes on training its own copy.
-Not the authors', but what lets it learn in minutes: captions' wrong twins in the contrastive training, the optimizer
-Muon, and a cosine for the learning rate.
+Not the authors', but what lets it learn in minutes: captions' wrong twins in the contrastive training, whose picture
+side then is the compressor that Stage B slowly trains further; the optimizer Muon; a cosine for the learning rate.
 What a run leaves in its folder:
 
     config.json, tokenizer/     sizes and vocabulary
