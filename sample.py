@@ -64,7 +64,7 @@ def parse_args(argv=None):
         "list of 29 steps", type=times, metavar="TIMES")
     add("--steps-c", "diffusion steps of Stage C", type=int, default=60)
     add("--steps-b", "diffusion steps of Stage B", type=int, default=12)
-    add("--cfg", "guidance of Stage C; 1: none", type=float, default=4.0)
+    add("--cfg", "guidance of Stage C; 1: none (default: 2; with --official 4, the authors')", type=float)
     add("--cfg-b", "guidance of Stage B; 1: none", type=float, default=1.0)
     add("--sampler", "ddim adds no noise on the way", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", "where to compute", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -98,6 +98,8 @@ def parse_args(argv=None):
     for path in filter(None, (args.out, args.film)):  # not after minutes of drawing
         if not Path(path).absolute().parent.is_dir() or Path(path).suffix.lower() not in Image.registered_extensions():
             parser.error(f"no such folder, or no kind of picture: {path}")
+    if args.cfg is None:  # on Shapes, more of it bends the shapes
+        args.cfg = 4.0 if args.official else 2.0
     if args.count is None:
         args.count = 7 if args.mix else 4 if args.vary else 1
     for name, least in dict(count=1, steps_c=1, steps_b=1, height=1, width=1, score_count=2).items():

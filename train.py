@@ -905,7 +905,7 @@ def default_signals(worker):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, all of whose directions are made equally long (Jordan et al., 2024): its singular values become about
-    1. torch.optim.Muon takes one matrix after the other, which was a third of a step's time; here all of one shape go
+    1. torch.optim.Muon takes one matrix after the other, which was a quarter of a step's time; here all of one shape go
     together. Steps are as long as AdamW's."""
 
     def __init__(self, groups, momentum=0.95, weight_decay=0.01):
@@ -956,7 +956,7 @@ def make_optimizers(network, pace, muon):
     return optimizers
 
 
-LAYOUT = 1  # of checkpoints; a change of what is in them is a new number
+LAYOUT = 2  # of checkpoints; a change of what is in them is a new number
 
 
 def read_checkpoint(path, preset, device):
@@ -1165,7 +1165,7 @@ def train_a(run):
         if run.ranks > 1:  # each process drew other latents
             distributed.broadcast(vqgan.quantizer.codebook.data, 0)
         mse = F.mse_loss(reconstruction, images)
-        loss = 10 * mse + F.l1_loss(reconstruction, images) + vq_loss  # the square is far smaller: alone, 1 dB less
+        loss = 10 * mse + F.l1_loss(reconstruction, images) + vq_loss  # the square is far smaller; once: 2 dB less
         numbers = dict(mse=mse, vq_loss=vq_loss, revived=revived)
         if step >= 3 * steps // 4:
             # Hinge losses. One optimizer serves both: the generator's term must not reach the discriminator's weights,

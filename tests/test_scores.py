@@ -240,8 +240,8 @@ def test_sweep(run, tmp_path, monkeypatch):
     tables = json.loads((run / "sweep.json").read_text())
     fast = sample.FAST_TIMES
     assert settings[:15] == ([(cfg, 2, 2, fast, 4) for cfg in (1, 2, 4, 7, 10)] +
-                             [(4, n, 2, None, 4) for n in (5, 10, 20, 30, 60)] +
-                             [(4, 2, n, fast, 4) for n in (2, 4, 8, 12, 20)])
+                             [(2, n, 2, None, 4) for n in (5, 10, 20, 30, 60)] +
+                             [(2, 2, n, fast, 4) for n in (2, 4, 8, 12, 20)])
     assert settings[15:] == [(cfg, n, 2, None, 1) for n in (5, 10, 20, 30, 60) for cfg in (1, 2, 4, 7, 10)]
     assert list(tables["steps_c"]) == ["5", "10", "20", "30", "60"] and tables["cfg"]["1"]["whole"] == 0
     grid = sample.Image.open(tmp_path / "grid.png")
