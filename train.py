@@ -70,8 +70,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from tokenizer import Tokenizer, read_json
-from wuerstchen import (CLIP, PRESETS, AttnBlock, Discriminator, ResBlock, VQBlock, Wuerstchen, add_noise,
-                        codebook_usage, contrastive_loss, diffusion_loss, save_config, save_whole, shrink, training_times)
+from wuerstchen import (CLIP, PRESETS, AttnBlock, Discriminator, ResBlock, StageB, StageC, VQBlock, Wuerstchen,
+                        add_noise, codebook_usage, contrastive_loss, diffusion_loss, save_config, save_whole, shrink,
+                        training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets. Each is endless: data[i] for any i >= 0 is (picture, uint8 array (size, size, 3); caption), the same for
@@ -991,8 +992,8 @@ def fit(run, stage, network, batches, loss_of, show, pace=lambda name: 1, muon=T
         for module in network.modules():
             if isinstance(module, (ResBlock, AttnBlock, VQBlock)):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    if args.compile:
-        for part in network.children():
+    for part in network.children():
+        if args.compile and isinstance(part, (StageB, StageC)):  # torch 2.13 fails to compile Stage A's padding
             part.compile()
     if run.rank > 0:  # the networks began alike everywhere; what is drawn from now on differs
         torch.manual_seed(args.seed + run.rank)
@@ -1362,7 +1363,7 @@ def parse_args(argv=None):
         "its part once")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: bfloat16 where "
         "the machine that begins the run multiplies it faster, float16 on a GPU without it)")
-    add("--compile", action="store_true", help="compile the networks: minutes at first, then faster steps on a GPU")
+    add("--compile", action="store_true", help="compile stages B and C: minutes at first, then faster steps on a GPU")
     add("--recompute", action="store_true", help="keep no activations inside the blocks but compute them again for the "
         "gradient: less memory, more time")
     add("--workers", type=int, default=0, help="processes that prepare pictures; 0: none beside the main one")
