@@ -1257,8 +1257,8 @@ def train_b(run):
         images, captions = run.examples()
         run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
 
-    # The compressor begins as the contrastive model's picture side, which tells shapes and colours apart. While it moves
-    # slowly, B can learn to read it.
+    # The compressor begins as the contrastive model's picture side, which tells shapes and colours apart. B learns to
+    # read it while it moves slowly.
     average = fit(run, "b", network, run.picks(arrays), loss_of, sheet,
                   pace=lambda name: 0.2 if name.startswith("compressor") else 1)
     model.compressor, model.b = average["compressor"], average["b"]
@@ -1359,8 +1359,8 @@ def parse_args(argv=None):
         "computed once (default: the preset's)")
     add("--seed", type=int, help="of the data and the weights (default: 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--freeze-text", action="store_true", default=None, help="Stage C: leave the text encoder as it is, and compute "
-        "its part once")
+    add("--freeze-text", action="store_true", default=None, help="Stage C: leave the text encoder as it is, and "
+        "compute its part once")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: bfloat16 where "
         "the machine that begins the run multiplies it faster, float16 on a GPU without it)")
     add("--compile", action="store_true", help="compile stages B and C: minutes at first, then faster steps on a GPU")

@@ -13,8 +13,8 @@ How fast this is, beside the reference's classes on the same machine:
 
 The reference is diffusers, where that package (and transformers, which it wants) is installed; nothing else in the
 project needs them. Without, only our side is timed. The sides take turns, so that whatever else slows the machine slows
-both; times, and ratios of times, are the medians of the turns. Of float32 and bfloat16 (autocast) each side is shown with
-its faster one.
+both; times, and ratios of times, are the medians of the turns. Of float32 and bfloat16 (autocast) each side is shown
+with its faster one.
 """
 
 import argparse
@@ -128,7 +128,8 @@ class Bench:
             rate = counter.get_total_flops() / took
             most, tops[side] = self.look_inside(partial(work, precision))
             other = next(name for name in PRECISIONS if name != precision)
-            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision} ({median(taken[side, other]) * 1e3:.1f} in {other}), "
+            slower = median(taken[side, other])
+            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision} ({slower * 1e3:.1f} in {other}), "
                   f"{pictures / took:7.1f} pictures/s, {rate / 1e9:7,.0f} GFLOP/s = "
                   f"{rate / self.rates[precision]:3.0%} of matrix products, {most / 2**20:,.0f} MB")
         if theirs:
