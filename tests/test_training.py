@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 
 import train
+import wuerstchen
 from conftest import HERE, metrics, run_script
 from test_data import folder_of
 from wuerstchen import PRESETS, STAGES, Wuerstchen
@@ -267,14 +268,15 @@ def test_a_full_disk_while_latents_are_written(run, tmp_path):
 def test_a_step_that_is_not_finite_is_skipped(run, tmp_path, stage, monkeypatch, capsys):
     """What comes out of one function is spoiled in two steps; nothing of it may stay, in weights or statistics."""
     folder = copy_of(run, tmp_path / "run", stage)
-    name = {"text": "resize", "a": "crop", "b": "add_noise", "c": "add_noise"}[stage]
-    whole, calls = getattr(train, name), []
+    name = {"text": "shrink", "a": "crop", "b": "add_noise", "c": "add_noise"}[stage]
+    where = wuerstchen if stage == "text" else train
+    whole, calls = getattr(where, name), []
 
     def spoiled(x, *rest):
         calls.append(0)
         return whole(x, *rest) * (math.nan if len(calls) in (3, 5) else 1)
 
-    monkeypatch.setattr(train, name, spoiled)
+    monkeypatch.setattr(where, name, spoiled)
     train.main([stage, "--run", str(folder), *FEW])
     rows = [row for row in metrics(folder) if "not_finite" in row]
     assert len(rows) == 2 and rows[-1]["not_finite"] == 2 and rows[0]["stage"] == stage
