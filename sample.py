@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, Batches, make_sheet, open_data,
-                   parse, pick_device, read_options, to_picture)
-from wuerstchen import CLIP, FAST_TIMES, Wuerstchen, codebook_usage, shrink
+from train import (BACKGROUNDS, COLOURS, KEPT, OUTLINES, RELATIONS, SIZES, Batches, make_sheet, open_data, parse,
+                   pick_device, read_options, to_picture)
+from wuerstchen import CLIP, FAST_TIMES, Wuerstchen, codebook_usage
 
 
 def times(text):
@@ -302,11 +302,8 @@ class Judge:
         if path.exists():
             self.clip = CLIP(model.config).to(model.device).eval()
             self.clip.load_state_dict(torch.load(path, map_location=model.device, weights_only=True))
-        self.features = inception(args.inception, model.device) if args.inception else self.clip and self.image_tower
+        self.features = inception(args.inception, model.device) if args.inception else self.clip and self.clip.image_features
         self.features_of = Path(args.inception).name if args.inception else "the run's image tower"
-
-    def image_tower(self, images):
-        return self.clip.image(shrink(images)).mean(dim=(1, 2))
 
     def clip_score(self, images, captions):
         """100 times the cosine between pictures and their captions, 0 where it is negative (Hessel et al., 2021)

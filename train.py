@@ -1285,7 +1285,7 @@ def train_c(run):
     network = nn.ModuleDict(dict(c=model.c) if frozen else dict(text=model.text, c=model.c))
     no_ids, no_mask = run.tokens([""], model.tokenizer)
     with torch.no_grad():
-        nothing = model.text(no_ids, no_mask)
+        nothing = model.text(no_ids, no_mask) if frozen else None
 
     def loss_of(network, batch, step):
         x, *text = batch

@@ -442,11 +442,14 @@ class CLIP(nn.Module):
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
         return F.normalize(self.text_projection(text).float(), dim=-1)
 
+    def image_features(self, images):
+        """images (B, H, W, 3) in [0, 1] -> features (B, compressor.features)"""
+        # Shrunk as the compressor has them: learned at another size, a shape is strange to it.
+        return self.image(shrink(images)).mean(dim=(1, 2))
+
     def embed_images(self, images):
         """images (B, H, W, 3) in [0, 1] -> unit vectors (B, width)"""
-        # Shrunk as the compressor has them: learned at another size, a shape is strange to it.
-        image = self.image(shrink(images)).mean(dim=(1, 2))
-        return F.normalize(self.image_projection(image).float(), dim=-1)
+        return F.normalize(self.image_projection(self.image_features(images)).float(), dim=-1)
 
     def compare(self, image, text):
         """Unit vectors (B, width), (N, width) -> logits (B, N): row i, how well picture i fits each caption"""
@@ -961,7 +964,7 @@ def normal_noise(shape, generator, device):
     if isinstance(generator, list):
         return torch.cat([normal_noise((1, H, W, C), one, device) for one in generator])
     noise = torch.randn(B, C, H, W, generator=generator, device=generator.device if generator else device)
-    return noise.to(device).permute(0, 2, 3, 1)
+    return noise.to(device).permute(0, 2, 3, 1).contiguous()  # laid out like all latents, so rounded like them
 
 
 def generators(seed, count):
