@@ -302,8 +302,12 @@ class Judge:
         if path.exists():
             self.clip = CLIP(model.config).to(model.device).eval()
             self.clip.load_state_dict(torch.load(path, map_location=model.device, weights_only=True))
-        self.features = inception(args.inception, model.device) if args.inception else self.clip and self.clip.image_features
+        self.features = inception(args.inception, model.device) if args.inception else self.clip and self.tower
         self.features_of = Path(args.inception).name if args.inception else "the run's image tower"
+
+    def tower(self, images):
+        """images (N, H, W, 3) in [0, 1] -> features of the run's image tower, averaged over the picture (N, features)"""
+        return self.clip.image_features(images).mean(dim=1)
 
     def clip_score(self, images, captions):
         """100 times the cosine between pictures and their captions, 0 where it is negative (Hessel et al., 2021)

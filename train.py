@@ -234,17 +234,23 @@ class Shapes:
         return draw(caption, rng, self.size), caption
 
     def confuse(self, caption, rng):
-        """A caption of the same words that is wrong: two objects exchange places, or sizes, colours or shapes. None for
-        one object, and where it would be another split's, kept from training."""
+        """Captions that are almost right: one with another size, colour or shape; of two objects, one of the same words
+        where they exchange places, or sizes, colours or shapes. Without those that are kept from training."""
         scene = parse(caption)
-        if not scene.relation:
-            return None
-        first, second = scene.objects
-        ways = [part for part in range(3) if None not in (first[part], second[part]) and first[part] != second[part]]
-        part = rng.choice([*ways, 3])  # 3: all at once
-        first, second = zip(*((b, a) if part in (i, 3) else (a, b) for i, (a, b) in enumerate(zip(first, second))))
-        wrong = Scene([first, second], scene.relation, scene.background)
-        return wrong.caption() if split_of(wrong) in ("train", self.split) else None
+        objects = [list(thing) for thing in scene.objects]
+        thing = objects[rng.integers(len(objects))]
+        part = rng.choice([part for part in range(3) if thing[part]])
+        thing[part] = rng.choice([word for word in (SIZES, COLOURS, OUTLINES)[part] if word != thing[part]])
+        wrong = []
+        if len({(colour, shape) for _, colour, shape in objects}) == len(objects):  # no two alike
+            wrong.append(Scene(objects, scene.relation, scene.background))
+        if scene.relation:
+            first, second = scene.objects
+            ways = [part for part in range(3) if None not in (first[part], second[part]) and first[part] != second[part]]
+            part = rng.choice([*ways, 3])  # 3: all at once
+            first, second = zip(*((b, a) if part in (i, 3) else (a, b) for i, (a, b) in enumerate(zip(first, second))))
+            wrong.append(Scene([first, second], scene.relation, scene.background))
+        return [scene.caption() for scene in wrong if split_of(scene) in ("train", self.split)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -723,7 +729,7 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2500, 32, 1.2e-3),
+    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2400, 32, 1.2e-3),
                  c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
@@ -1109,18 +1115,19 @@ def train_text(run):
     """The text encoder, contrastively against an EfficientNet. (The authors take OpenCLIP's, trained just so.)
 
     Among random captions a list of the words suffices to find the right one, so nothing would be learned of which word
-    belongs to which (Yuksekgonul et al., 2023). Hence each caption's wrong twin joins them, the same words exchanged.
+    belongs to which (Yuksekgonul et al., 2023). Hence each caption's wrong twins join them: the same words exchanged,
+    and, so that no word is passed over, one of them replaced.
     """
     seed = run.args.seed
 
     def twins_of(data, captions, rng):
-        """A wrong caption or None for each; only Shapes knows how to make them."""
-        return [data.confuse(caption, rng) if run.args.data == "shapes" else None for caption in captions]
+        """A list of wrong captions for each; only Shapes knows how to make them."""
+        return [data.confuse(caption, rng) if run.args.data == "shapes" else [] for caption in captions]
 
     def loss_of(clip, batch, step):
         images, captions = batch
         twins = twins_of(run.train_data, captions, np.random.default_rng((seed, step)))
-        ids, mask = run.tokens(captions + [twin for twin in twins if twin], run.model.tokenizer_b)
+        ids, mask = run.tokens(captions + sum(twins, []), run.model.tokenizer_b)
         image, text = clip.embed_images(images), clip.embed_text(ids, mask)
         # The pictures of all processes against the captions of all, which come before the twins.
         n = len(captions)
@@ -1129,11 +1136,12 @@ def train_text(run):
 
     @torch.no_grad()
     def measure(clip, step):
-        """Of 256 test pictures: for what share their own caption fits best, and for what share better than its twin."""
+        """Of 256 test pictures: for what share their own caption fits best; in what share of pairs better than a twin.
+        """
         images, captions = run.examples(256)
         twins = twins_of(run.test_data, captions, np.random.default_rng(seed))
-        rows = [i for i, twin in enumerate(twins) if twin]
-        ids, mask = run.tokens(captions + [twins[i] for i in rows], run.model.tokenizer_b)
+        rows = [i for i, wrong in enumerate(twins) for _ in wrong]
+        ids, mask = run.tokens(captions + sum(twins, []), run.model.tokenizer_b)
         logits = clip(images, ids, mask)
         best = logits[:, :256].argmax(dim=1)
         numbers = dict(accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean().item())
@@ -1231,6 +1239,8 @@ def train_b(run):
                     text=model.text_b(*run.tokens(captions, model.tokenizer_b)).half())
 
     arrays = run.cached("latents", compute)
+    if not run.given:
+        begin_mapper(model.compressor, run.send(torch.tensor(arrays["small"][:1024])))
     with torch.no_grad():
         nothing = model.text_b(*run.tokens([""], model.tokenizer_b)).half()
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
@@ -1239,13 +1249,14 @@ def train_b(run):
         small, latents, text = batch
         # The authors leave out 5 % of the captions. Shapes' say nearly all there is to see: B would read colours and
         # shapes off them, and pay no heed to the semantic latents.
-        text = torch.where(chance(0.25, text), nothing, text).float()
+        bare = chance(0.25, text)
+        text = torch.where(bare, nothing, text).float()
         semantic = network["compressor"](small / 255).float()
         # B must draw from what C will give it, which is never quite right, and must know what "nothing" looks like:
-        # 5 % of the semantic latents are zeroed, 30 % of the others noised.
+        # 5 % of the semantic latents are zeroed, and of those with a caption, 30 % noised.
         n = len(small)
         noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(n, device=run.device) / 2)
-        semantic = torch.where(chance(0.3, semantic), noised, semantic)
+        semantic = torch.where(chance(0.3, semantic) & ~bare[..., None], noised, semantic)
         semantic = torch.where(chance(0.05, semantic), 0, semantic)
         latents = latents.float() / model.a.scale
         t, noise = training_times(n, run.device), torch.randn_like(latents)
@@ -1262,6 +1273,15 @@ def train_b(run):
     average = fit(run, "b", network, run.picks(arrays), loss_of, sheet,
                   pace=lambda name: 0.2 if name.startswith("compressor") else 1)
     model.compressor, model.b = average["compressor"], average["b"]
+
+
+@torch.no_grad()
+def begin_mapper(compressor, small):
+    """Has the compressor keep, of its backbone's features, the principal components of small pictures (N, H, W, 3)
+    uint8: through the random directions of fresh weights, B would see far less of the shapes."""
+    features = torch.cat([compressor.backbone(x / 255) for x in small.split(32)])
+    _, directions = torch.linalg.eigh(features.flatten(0, 2).T.cov())  # by rising variance
+    compressor.mapper.weight.copy_(directions[:, -compressor.mapper.out_features:].T)
 
 
 def train_c(run):

@@ -433,7 +433,7 @@ class CLIP(nn.Module):
         self.text = TextEncoder(cfg.text_b)
         self.image = EfficientNet(cfg.compressor)
         self.text_projection = nn.Linear(width, width, bias=False)
-        self.image_projection = nn.Linear(cfg.compressor.features, width, bias=False)
+        self.image_projection = nn.Linear(9 * cfg.compressor.features, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_text(self, ids, mask):
@@ -443,13 +443,14 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(text).float(), dim=-1)
 
     def image_features(self, images):
-        """images (B, H, W, 3) in [0, 1] -> features (B, compressor.features)"""
-        # Shrunk as the compressor has them: learned at another size, a shape is strange to it.
-        return self.image(shrink(images)).mean(dim=(1, 2))
+        """images (B, H, W, 3) in [0, 1] -> features of 3x3 parts of the picture (B, 9, compressor.features)"""
+        # Shrunk as the compressor has them: learned at another size, a shape is strange to it. In parts, not averaged
+        # over the picture: it then need not tell each cell what lies in all others, and keeps more of the shapes.
+        return F.adaptive_avg_pool2d(self.image(shrink(images)).permute(0, 3, 1, 2), 3).flatten(2).mT
 
     def embed_images(self, images):
         """images (B, H, W, 3) in [0, 1] -> unit vectors (B, width)"""
-        return F.normalize(self.image_projection(self.image_features(images)).float(), dim=-1)
+        return F.normalize(self.image_projection(self.image_features(images).flatten(1)).float(), dim=-1)
 
     def compare(self, image, text):
         """Unit vectors (B, width), (N, width) -> logits (B, N): row i, how well picture i fits each caption"""

@@ -415,7 +415,7 @@ def gradients(rank, ranks, folder, stage, out):
         setattr(args, name, options[name])
     args.device = "cpu"
     confuse = train.Shapes.confuse
-    first = type("First", (), {"choice": lambda self, ways: ways[0]})()
+    first = type("First", (), {"choice": lambda self, ways: ways[0], "integers": lambda self, n: 0})()
     train.Shapes.confuse = lambda self, caption, rng: confuse(self, caption, first)
     torch.manual_seed(0)
     run = train.Run(args)
