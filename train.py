@@ -729,7 +729,7 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2400, 32, 1.2e-3),
+    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2650, 32, 1.2e-3),
                  c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
