@@ -60,6 +60,18 @@ def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
     assert len(train.make_optimizers(network, lambda name: 1, muon=False)) == 1
 
 
+@torch.no_grad()
+def test_the_mapper_begins_with_the_principal_components():
+    torch.manual_seed(0)
+    compressor = wuerstchen.SemanticCompressor(PRESETS["tiny"].compressor).eval()
+    small = torch.stack([torch.from_numpy(train.Shapes(96)[i][0]) for i in range(40)])
+    train.begin_mapper(compressor, small)
+    features = compressor.backbone(small / 255).flatten(0, 2)
+    kept = torch.cov((features @ compressor.mapper.weight.T).T)
+    largest = torch.linalg.svdvals(features - features.mean(dim=0))[:16].square() / (len(features) - 1)
+    assert torch.allclose(kept, largest.flip(0).diag(), atol=1e-4 * largest[0].item())  # and nothing twice
+
+
 def test_muon_is_torchs():
     """All matrices of a shape at once do what torch.optim.Muon does to each; wide, tall and square ones."""
     shapes = [(64, 64), (64, 64), (128, 64), (64, 192), (64, 192)]
