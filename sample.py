@@ -306,7 +306,7 @@ class Judge:
         self.features_of = Path(args.inception).name if args.inception else "the run's image tower"
 
     def tower(self, images):
-        """images (N, H, W, 3) in [0, 1] -> features of the run's image tower, averaged over the picture (N, features)"""
+        """images (N, H, W, 3) in [0, 1] -> features of the run's image tower, one mean a picture (N, features)"""
         return self.clip.image_features(images).mean(dim=1)
 
     def clip_score(self, images, captions):

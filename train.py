@@ -246,7 +246,7 @@ class Shapes:
             wrong.append(Scene(objects, scene.relation, scene.background))
         if scene.relation:
             first, second = scene.objects
-            ways = [part for part in range(3) if None not in (first[part], second[part]) and first[part] != second[part]]
+            ways = [part for part in range(3) if first[part] and second[part] and first[part] != second[part]]
             part = rng.choice([*ways, 3])  # 3: all at once
             first, second = zip(*((b, a) if part in (i, 3) else (a, b) for i, (a, b) in enumerate(zip(first, second))))
             wrong.append(Scene([first, second], scene.relation, scene.background))
@@ -1136,8 +1136,7 @@ def train_text(run):
 
     @torch.no_grad()
     def measure(clip, step):
-        """Of 256 test pictures: for what share their own caption fits best; in what share of pairs better than a twin.
-        """
+        """For what share of 256 test pictures their own caption fits best, and in what share of pairs beats a twin."""
         images, captions = run.examples(256)
         twins = twins_of(run.test_data, captions, np.random.default_rng(seed))
         rows = [i for i, wrong in enumerate(twins) for _ in wrong]
