@@ -65,7 +65,7 @@ def test_the_mapper_begins_with_the_principal_components():
     torch.manual_seed(0)
     compressor = wuerstchen.SemanticCompressor(PRESETS["tiny"].compressor).eval()
     small = torch.stack([torch.from_numpy(train.Shapes(96)[i][0]) for i in range(40)])
-    train.begin_mapper(compressor, small)
+    train.begin_mapper(compressor, small.split(16))
     features = compressor.backbone(small / 255).flatten(0, 2)
     kept = torch.cov((features @ compressor.mapper.weight.T).T)
     largest = torch.linalg.svdvals(features - features.mean(dim=0))[:16].square() / (len(features) - 1)
