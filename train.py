@@ -1429,18 +1429,18 @@ def pick_device(name):
 def pick_precision(device):
     """The fastest that a network learns in. Some CPUs have instructions for bfloat16, others emulate it slowly; GPUs
     without it have float16."""
-    def seconds(dtype):
-        x, taken = torch.randn(512, 512).to(dtype), []
-        for _ in range(20):
-            start = time.perf_counter()
-            x @ x
-            taken.append(time.perf_counter() - start)
-        return min(taken)  # whatever else the machine is busy with
-
     if "cuda" in device:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    faster = device == "cpu" and seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-    return "bfloat16" if faster else "float32"
+    if device != "cpu":
+        return "float32"
+    taken = {dtype: [] for dtype in (torch.bfloat16, torch.float32)}
+    for _ in range(50):  # in turns, and the best counts: the machine may be busy with other things too
+        for dtype, times in taken.items():
+            x = torch.ones(512, 512, dtype=dtype)
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+    return "bfloat16" if min(taken[torch.bfloat16]) < 0.8 * min(taken[torch.float32]) else "float32"
 
 
 def join_processes(args):
