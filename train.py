@@ -2,14 +2,15 @@
 Trains Würstchen from nothing, stage by stage:
 
     python train.py                                      everything: Shapes, 128 px; under 15 minutes on two CPU cores
-    python train.py --data cifar10 --data-dir DIR --image-size 64 --run runs/cifar
+    python train.py --data cifar10 --data-dir DIR --flip --run runs/cifar
     python train.py --data folder --data-dir DIR --run runs/mine        pictures of one's own, with captions in .txt
     python train.py c --steps 5000                       one stage again, longer
 
 The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
 Stage C on the compressor's latents. Stage B reads the text encoder as it is; Stage C goes on training its own copy.
 Not the authors', but what lets it learn in minutes: captions' wrong twins in the contrastive training, whose picture
-side then is the compressor that Stage B slowly trains further; the optimizer Muon; a cosine for the learning rate.
+side then is the compressor that Stage B slowly trains further; more of the noisier times for stages B and C; the
+optimizer Muon; a cosine for the learning rate.
 What a run leaves in its folder:
 
     config.json, tokenizer/     sizes and vocabulary
@@ -29,7 +30,6 @@ can pass over the second and the fourth.
 import argparse
 import copy
 import csv
-import ctypes
 import hashlib
 import http.client
 import io
@@ -59,8 +59,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported, see keep_memory
 
 import numpy as np
 import torch
@@ -1454,17 +1452,6 @@ def join_processes(args):
             sys.stdout = open(os.devnull, "w")
 
 
-def keep_memory():
-    """Has glibc keep the memory that a step frees for the next one, which on a CPU takes as much again. Asking the
-    system for it anew, page by page, takes a tenth of the time. Large pages (THP_MEM_ALLOC_ENABLE) do the rest."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):  # another C library, Windows
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
-
-
 def lock(folder):
     """Keeps other processes out of a run's folder until this one ends, however it ends. -> what to hold on to"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -1530,7 +1517,6 @@ def main(argv=None):
         args.data_dir = args.data_dir or "data"
     join_processes(args)
 
-    keep_memory()
     start = time.time()
     if rank() == 0:
         held = lock(folder)  # noqa: F841, until main returns

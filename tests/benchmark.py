@@ -7,7 +7,7 @@ How fast this is, beside the reference's classes on the same machine:
 
     train       a training step of stages A, B and C: forward, backward, clipping the gradient, AdamW
     generate    captions to pictures, all of it, with the networks of the preset "tiny"
-    cache       Stage C's training on what was computed once, against computing latents and text in every step
+    cache       Stage C's training on what was computed once, against making pictures, latents and text in every step
     stages      each stage of train.py, pictures a second
     v2          (CUDA only) training the published Stage C, compiled; drawing at 1024 px
 
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 from tokenizer import Tokenizer  # noqa: E402
+from train import Batches, Shapes  # noqa: E402
 from wuerstchen import (PRESETS, VQGAN, CompressorConfig, SemanticCompressor, StageB, StageBConfig,  # noqa: E402
                         StageC, StageCConfig, TextEncoder, VQGANConfig, Wuerstchen, diffusion_loss, shrink)
 
@@ -280,25 +281,32 @@ def generate(bench, config=PRESETS["tiny"], counts=(1, 8), dtype=torch.float32):
 
 
 def cache(bench):
-    """Stage C's training step on cached semantic latents and text, and after computing both from pictures and captions:
-    with the small compressor of "tiny", and with the published one."""
+    """Stage C's training step on semantic latents and text that were computed once, and as it is without a cache: the
+    pictures made (those of Shapes, drawn), shrunk and compressed, the captions tokenized and encoded, with the small
+    compressor of "tiny", and with the published one."""
     count, device = 256, bench.device
     c, cfg = StageC(C), PRESETS["tiny"].text
-    images, t = torch.rand(count, 128, 128, 3, device=device), torch.rand(count, device=device)
-    x, noise = (torch.randn(count, 3, 3, 16, device=device) for _ in range(2))
-    held = SimpleNamespace(x=x, text=torch.randn(count, cfg.length, cfg.width, device=device))
+    tokenizer = Tokenizer.train([CAPTION] * 2, length=cfg.length)
+    batches = iter(Batches(Shapes(128), count, first=0, steps=sys.maxsize, rank=0, ranks=1))
+    t, noise = torch.rand(count, device=device), torch.randn(count, 3, 3, 16, device=device)
+    semantic, text = torch.randn(4096, 3, 3, 16), torch.randn(4096, cfg.length, cfg.width).half()
+    held = SimpleNamespace()
     step = training_step(bench, c, lambda: diffusion_loss(noise, c(held.x, t, held.text), t))
     encoder = TextEncoder(cfg).to(device).eval()
-    ids = torch.randint(cfg.vocab_size, (count, cfg.length), device=device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
 
-    def on_the_fly(compressor, precision):
-        with torch.no_grad(), bench.autocast(precision):
-            held.x = torch.cat([compressor(shrink(some)).float() for some in images.split(64)])
-            held.text = encoder(ids, mask).float()
+    def from_cache(precision):
+        rows = torch.randint(len(semantic), (count,))
+        held.x, held.text = semantic[rows].to(device), text[rows].to(device).float()
         step(precision)
 
-    works = {"from the cache": step}
+    def on_the_fly(compressor, precision):
+        images, captions, _ = next(batches)
+        with torch.no_grad(), bench.autocast(precision):
+            held.x = torch.cat([compressor(shrink(some.to(device) / 255)).float() for some in images.split(64)])
+            held.text = encoder(*(y.to(device) for y in tokenizer(captions))).float()
+        step(precision)
+
+    works = {"from the cache": from_cache}
     for name, sizes in (("tiny", PRESETS["tiny"].compressor), ("published", CompressorConfig())):
         compressor = SemanticCompressor(sizes).to(device).eval()
         works[f"on the fly, compressor {name}"] = partial(on_the_fly, compressor)
