@@ -1121,14 +1121,15 @@ def train_text(run):
     """
     seed = run.args.seed
 
-    def twins_of(data, captions, rng):
-        """A list of wrong captions for each; only Shapes knows how to make them."""
-        return [data.confuse(caption, rng) if run.args.data == "shapes" else [] for caption in captions]
+    def with_twins(data, captions, rng):
+        """A list of wrong captions for each, which only Shapes knows how to make; tokens of the captions and then of
+        those, and their mask"""
+        twins = [data.confuse(caption, rng) if run.args.data == "shapes" else [] for caption in captions]
+        return twins, *run.tokens(captions + sum(twins, []), run.model.tokenizer_b)
 
     def loss_of(clip, batch, step):
         images, captions = batch
-        twins = twins_of(run.train_data, captions, np.random.default_rng((seed, step)))
-        ids, mask = run.tokens(captions + sum(twins, []), run.model.tokenizer_b)
+        _, ids, mask = with_twins(run.train_data, captions, np.random.default_rng((seed, step)))
         image, text = clip.embed_images(images), clip.embed_text(ids, mask)
         # The pictures of all processes against the captions of all, which come before the twins.
         n = len(captions)
@@ -1139,9 +1140,8 @@ def train_text(run):
     def measure(clip, step):
         """For what share of 256 test pictures their own caption fits best, and in what share of pairs beats a twin."""
         images, captions = run.examples(256)
-        twins = twins_of(run.test_data, captions, np.random.default_rng(seed))
+        twins, ids, mask = with_twins(run.test_data, captions, np.random.default_rng(seed))
         rows = [i for i, wrong in enumerate(twins) for _ in wrong]
-        ids, mask = run.tokens(captions + sum(twins, []), run.model.tokenizer_b)
         logits = clip(images, ids, mask)
         best = logits[:, :256].argmax(dim=1)
         numbers = dict(accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean().item())

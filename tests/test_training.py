@@ -72,6 +72,26 @@ def test_the_mapper_begins_with_the_principal_components():
     assert torch.allclose(kept, largest.flip(0).diag(), atol=1e-4 * largest[0].item())  # and nothing twice
 
 
+def test_noisy_times_are_the_likelier():
+    t = train.noisy_times(100_000, "cpu")
+    assert 0 < t.min() < 0.05 and t.max() == 1
+    for limit in (0.3, 0.6, 0.9):  # of even draws from 0.001 to 1.081, those below the limit's square
+        assert (t < limit).float().mean().item() == pytest.approx((limit**2 - 0.001) / 1.08, abs=0.01)
+
+
+@pytest.mark.parametrize("half, single, picked", [(1, 4, "bfloat16"), (4, 1, "float32"), (9, 10, "float32")])
+def test_a_busy_machine_picks_the_same_precision(monkeypatch, half, single, picked):
+    clock, taken = [0], []
+
+    def perf_counter():  # called before and after each product, the two kinds in turns; most of them are disturbed
+        if len(taken) % 2:
+            clock[0] += (half, single)[len(taken) // 2 % 2] + (0 if len(taken) > 180 else 10 * (len(taken) % 3))
+        taken.append(clock[0])
+        return clock[0]
+    monkeypatch.setattr(train.time, "perf_counter", perf_counter)
+    assert train.pick_precision("cpu") == picked and len(taken) == 200
+
+
 def test_muon_is_torchs():
     """All matrices of a shape at once do what torch.optim.Muon does to each; wide, tall and square ones."""
     shapes = [(64, 64), (64, 64), (128, 64), (64, 192), (64, 192)]
