@@ -1122,8 +1122,8 @@ def train_text(run):
     seed = run.args.seed
 
     def with_twins(data, captions, rng):
-        """A list of wrong captions for each, which only Shapes knows how to make; tokens of the captions and then of
-        those, and their mask"""
+        """-> a list of wrong captions for each (only Shapes can make them); ids and mask of the captions and then of
+        all those"""
         twins = [data.confuse(caption, rng) if run.args.data == "shapes" else [] for caption in captions]
         return twins, *run.tokens(captions + sum(twins, []), run.model.tokenizer_b)
 
@@ -1333,7 +1333,7 @@ def train_c(run):
 
 def noisy_times(n, device):
     """Times to train stages B and C at, the greater the likelier: with much noise about, they must read what they are
-    told; with little, they see the picture. The authors' are even. -> (n,)"""
+    told; with little, they see the picture. The authors' are even. -> (n,), none below 0.03"""
     return training_times(n, device).sqrt()
 
 

@@ -281,13 +281,14 @@ def generate(bench, config=PRESETS["tiny"], counts=(1, 8), dtype=torch.float32):
 
 
 def cache(bench):
-    """Stage C's training step on semantic latents and text that were computed once, and as it is without a cache: the
-    pictures made (those of Shapes, drawn), shrunk and compressed, the captions tokenized and encoded, with the small
-    compressor of "tiny", and with the published one."""
+    """Stage C's training step on semantic latents and text that were computed once, as with --freeze-text, and without
+    a cache: the pictures made (those of Shapes, drawn), shrunk and compressed, the captions tokenized and encoded, with
+    the small compressor of "tiny", and with the published one."""
     count, device = 256, bench.device
     c, cfg = StageC(C), PRESETS["tiny"].text
-    tokenizer = Tokenizer.train([CAPTION] * 2, length=cfg.length)
-    batches = iter(Batches(Shapes(128), count, first=0, steps=sys.maxsize, rank=0, ranks=1))
+    shapes = Shapes(128)
+    tokenizer = Tokenizer.train(shapes.captions(2000), length=cfg.length)
+    batches = iter(Batches(shapes, count, first=0, steps=sys.maxsize, rank=0, ranks=1))
     t, noise = torch.rand(count, device=device), torch.randn(count, 3, 3, 16, device=device)
     semantic, text = torch.randn(4096, 3, 3, 16), torch.randn(4096, cfg.length, cfg.width).half()
     held = SimpleNamespace()
