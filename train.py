@@ -9,8 +9,7 @@ Trains Würstchen from nothing, stage by stage:
 The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
 Stage C on the compressor's latents. Stage B reads the text encoder as it is; Stage C goes on training its own copy.
 Not the authors', but what lets it learn in minutes: captions' wrong twins in the contrastive training, whose picture
-side then is the compressor that Stage B slowly trains further; more of the noisier times for stages B and C; the
-optimizer Muon; a cosine for the learning rate.
+side then is the compressor that Stage B slowly trains further; the optimizer Muon; a cosine for the learning rate.
 What a run leaves in its folder:
 
     config.json, tokenizer/     sizes and vocabulary
@@ -730,8 +729,8 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2300, 32, 1.2e-3),
-                 c=Recipe(400, 128, 1.5e-3)),
+    "tiny": dict(text=Recipe(500, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2650, 32, 1.2e-3),
+                 c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(200_000, 64, 1e-4), b=Recipe(300_000, 384, 1e-4),
@@ -1259,7 +1258,7 @@ def train_b(run):
         semantic = torch.where(chance(0.3, semantic) & ~bare[..., None], noised, semantic)
         semantic = torch.where(chance(0.05, semantic), 0, semantic)
         latents = latents.float() / model.a.scale
-        t, noise = noisy_times(n, run.device), torch.randn_like(latents)
+        t, noise = training_times(n, run.device), torch.randn_like(latents)
         predicted = network["b"](add_noise(latents, noise, t), t, semantic, text)
         return diffusion_loss(noise, predicted, t), {}
 
@@ -1315,7 +1314,7 @@ def train_c(run):
             text = torch.where(drop[..., None], nothing, text[0].float())
         else:
             text = network["text"](torch.where(drop, no_ids, text[0]), torch.where(drop, no_mask, text[1]))
-        t, noise = noisy_times(len(x), run.device), torch.randn_like(x)
+        t, noise = training_times(len(x), run.device), torch.randn_like(x)
         return diffusion_loss(noise, network["c"](add_noise(x, noise, t), t, text), t), {}
 
     def take(average):
@@ -1329,12 +1328,6 @@ def train_c(run):
 
     take(fit(run, "c", network, run.picks(arrays), loss_of, sheet,
              pace=lambda name: 0.1 if name.startswith("text") else 1))  # faster, it forgets what it knows
-
-
-def noisy_times(n, device):
-    """Times to train stages B and C at, the greater the likelier: with much noise about, they must read what they are
-    told; with little, they see the picture. The authors' are even. -> (n,), none below 0.03"""
-    return training_times(n, device).sqrt()
 
 
 def chance(probability, x):

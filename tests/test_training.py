@@ -72,13 +72,6 @@ def test_the_mapper_begins_with_the_principal_components():
     assert torch.allclose(kept, largest.flip(0).diag(), atol=1e-4 * largest[0].item())  # and nothing twice
 
 
-def test_noisy_times_are_the_likelier():
-    t = train.noisy_times(100_000, "cpu")
-    assert 0 < t.min() < 0.05 and t.max() == 1
-    for limit in (0.3, 0.6, 0.9):  # of even draws from 0.001 to 1.081, those below the limit's square
-        assert (t < limit).float().mean().item() == pytest.approx((limit**2 - 0.001) / 1.08, abs=0.01)
-
-
 @pytest.mark.parametrize("half, single, picked", [(1, 4, "bfloat16"), (4, 1, "float32"), (9, 10, "float32")])
 def test_a_busy_machine_picks_the_same_precision(monkeypatch, half, single, picked):
     clock, taken = [0], []
