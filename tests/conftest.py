@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,22 @@ sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
 
-SMALL = ["--image-size", "64", "--steps", "4", "--batch-size", "8", "--cache", "32", "--sheet-every", "4"]
+SMALL = ["--image-size", "64", "--steps", "4", "--batch-size", "8", "--cache", "64", "--save-every", "4"]
+SECONDS = 100  # that a test may take, its fixtures included
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A time limit for every test: an endless loop fails instead of hanging."""
+    def stop(*_):
+        raise TimeoutError(f"longer than {SECONDS} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +43,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def run_script(*args, timeout=120, **options):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True, timeout=timeout,
+def run_script(*args, **options):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True, timeout=SECONDS,
                           **options)
 
 

@@ -12,7 +12,7 @@ from wuerstchen import CLIP, PRESETS, Wuerstchen, shrink
 
 @pytest.fixture(autouse=True, scope="module")
 def one_core():
-    """So small a model gains nothing from a second core, and loses much where another program has it."""
+    """Such a small model gains nothing from a second core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,5 +52,5 @@ def make_run(folder, model):
     model.save(folder)
     torch.save(CLIP(model.config).state_dict(), folder / "clip.pt")
     (folder / "options.json").write_text(json.dumps(dict(preset="tiny", data="shapes", image_size=64, seed=0,
-                                                         data_dir=None)))
+                                                         data_dir=None, flip=False)))
     return folder
