@@ -135,8 +135,8 @@ def keep(known, mask, noise):
 
 @torch.no_grad()
 def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(4.0, 1.0), seed=None, sampler="ddpm"):
-    """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True:
-    to be drawn; a latent is drawn if any of its pixels is. prompts describe the whole images."""
+    """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
+    where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
     options = dict(generator=generators(seed, len(images)), sampler=sampler)
     semantic, latents = model.c.normalise(model.compress(images)), model.a.encode(images) / model.a.scale
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
@@ -270,7 +270,8 @@ def draw(model, args):
             return redraw(model, batch, prompts, args.strength, seed=seeds, **options)
         if args.fill:
             mask = to_tensor(load_image(args.fill[1], size)).mean(dim=-1) > 0.5
-            return fill(model, batch, mask.expand(len(prompts), -1, -1).to(model.device), prompts, seed=seeds, **options)
+            masks = mask.expand(len(prompts), -1, -1).to(model.device)
+            return fill(model, batch, masks, prompts, seed=seeds, **options)
         bar.total += (29 if args.fast else args.steps_c) + args.steps_b
         return model.generate(prompts, size=size, seed=seeds, after_step=advance, **options)
 

@@ -117,10 +117,8 @@ def parse(caption):
         raise ValueError(f"not a Shapes caption: {caption!r}")
     *first, relation, size, colour, shape, background = found.groups()
     scene = Scene([tuple(first)] + ([(size, colour, shape)] if relation else []), relation, background)
-    if scene.caption() != caption:  # "a orange circle"
-        raise ValueError(f"not a Shapes caption: {caption!r}; did you mean {scene.caption()!r}?")
-    if relation and first[1:] == [colour, shape]:
-        raise ValueError(f"two objects of the same colour and shape: {caption!r}")
+    if scene.caption() != caption or relation and first[1:] == [colour, shape]:  # "a orange circle"; twice the same
+        raise ValueError(f"not a Shapes caption: {caption!r}")
     return scene
 
 
@@ -155,8 +153,8 @@ def split_of(scene):
 
 
 def place(scene, rng):
-    """Centres (x, y) of the objects as shares of the side: a single one in the middle, two in the middles of two halves,
-    so that even big ones don't touch; all with a random offset."""
+    """Centres (x, y) of the objects as shares of the side: one in the middle, two in the middles of two halves, so that
+    even big ones don't touch; all with a random offset."""
     step = np.array(RELATIONS.get(scene.relation, (0, 0)))
     steps = [step, -step] if scene.relation else [step]
     return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
@@ -266,7 +264,7 @@ def cifar(place, split, data):
 
 
 def in_split(names, split):
-    """For data without splits of its own: the first image and one in sixteen, by a hash of the name, are for testing."""
+    """For data without own splits: the first image and one in sixteen, by a hash of its name, are for testing."""
     names = sorted(names)
     return [name for name in names if (name == names[0] or reserved(name)) == (split == "test")]
 
@@ -292,11 +290,16 @@ def coco(place, split):
 
 def folder(place, split):
     """Images in a folder and its sub-folders, each with its captions, one per line, in a .txt file of the same name.
-    -> [(path, None)]: captions are read when they are needed"""
+    -> [(path, captions)]"""
     names = [str(path.relative_to(place)) for path in Path(place).rglob("*") if path.suffix.lower() in SUFFIXES]
     if not names:
         raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {place}")
-    return [(str(Path(place) / name), None) for name in in_split(names, split)]
+    found = []
+    for path in (Path(place) / name for name in in_split(names, split)):
+        text = path.with_suffix(".txt")
+        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
+        found.append((str(path), [line.strip() for line in lines if line.strip()]))
+    return found
 
 
 class Images(Dataset):
@@ -309,19 +312,9 @@ class Images(Dataset):
         self.items, self.size, self.seed, self.flip = items, size, seed, flip
         self.epoch, self.order, self.unreadable = None, None, set()
 
-    def captions_of(self, i):
-        """All captions of item i. ValueError or OSError if there is none."""
-        image, captions = self.items[i]
-        captions = captions or Path(image).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in captions if line.strip()]
-
     def captions(self):
         """Captions to train a tokenizer on."""
-        for i in range(len(self.items)):
-            try:
-                yield from self.captions_of(i)
-            except OSError:  # it is named when its image is read
-                pass
+        return itertools.chain.from_iterable(captions for _, captions in self.items)
 
     def __getitem__(self, index):
         for index in itertools.count(index):  # until an image can be read
@@ -330,20 +323,20 @@ class Images(Dataset):
                 self.epoch = epoch
                 self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
             i, rng = self.order[i], np.random.default_rng((self.seed, 1, index))
+            file, captions = self.items[i]
             if i in self.unreadable:
                 continue
             try:
-                image = load_image(self.items[i][0], (self.size, self.size))
-                captions = self.captions_of(i)
                 if not captions:
                     raise ValueError("no caption")
+                image = load_image(file, (self.size, self.size))
                 mirror = self.flip and rng.random() < 0.5
                 return np.array(ImageOps.mirror(image) if mirror else image), captions[rng.integers(len(captions))]
             except Exception as error:  # a damaged file can raise anything
                 self.unreadable.add(i)
-                print(f"skipped {self.items[i][0]}: {error}", file=sys.stderr)
+                print(f"skipped {file}: {error}", file=sys.stderr)
                 if len(self.unreadable) > len(self.items) / 2:
-                    raise ValueError(f"more than half of the images can't be read; the last: {error}") from None
+                    raise ValueError(f"more than half of the images can't be read, {file} for one: {error}") from None
 
 
 def open_data(args, split="train"):
@@ -362,8 +355,8 @@ def open_data(args, split="train"):
 
 
 def text_loss(clip, images, ids, mask):
-    """The text encoder's: CLIP's contrastive loss of images (B, H, W, 3) in [0, 1] against captions, ids and mask (N, L):
-    the images' own B, then hard negatives -> scalar"""
+    """The text encoder's: CLIP's contrastive loss. images (B, H, W, 3) in [0, 1]; ids and mask (N, L) of captions: the
+    images' own B, then hard negatives -> scalar"""
     return contrastive_loss(clip(images, ids, mask), ids)
 
 
@@ -391,8 +384,8 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
     """Stage B's, and with it the compressor's (section E.2): diffusion_loss of eps in noised latents, given text and
     semantic latents. Conditions are dropped, so that B learns its unconditional branch, and noised, because Stage C's
-    semantic latents will never be exact. The authors drop 5 % of the captions; we drop 25 %: Shapes' captions say nearly
-    all that an image shows, and B would read them instead of the semantic latents.
+    semantic latents will never be exact. The authors drop 5 % of the captions; we drop 25 %: Shapes' captions say
+    nearly all that an image shows, and B would read them instead of the semantic latents.
 
     small: images at 3/4 size (B, 3H/4, 3W/4, 3) in [0, 1]; latents: Stage A's (B, h, w, 4), not yet divided by scale;
     text (B, L, width); null_text (1, L, width): the null caption, that is the empty one, encoded -> scalar"""
@@ -445,8 +438,8 @@ RECIPES = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update has all its singular values made about 1 (Jordan et al., 2024), for matrices. Stages B and C
-    then need far fewer steps. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
+    """Momentum, with all singular values of the update set to about 1 (Jordan et al., 2024). For matrices; Stages B and
+    C then need far fewer steps. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
     fortieth of float32's speed; here `dtype` says. Matrices of one shape are updated together, a fifth faster."""
 
     def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
@@ -516,8 +509,9 @@ def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1,
     """Trains a network and returns its moving average. A checkpoint is written every --save-every steps and on Ctrl-C;
     the next call goes on from it.
 
-    batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss and a dictionary
-    of numbers to log; preview(average, step) saves images or measures; lr_scale and muon as in `make_optimizers`."""
+    batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss and a
+    dictionary of numbers to log; preview(average, step) saves images or measures; lr_scale and muon: see
+    `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
@@ -571,8 +565,8 @@ def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1,
             bad += 1
             print(f"stage {stage}: skipped step {step + 1}, its gradient is NaN or inf", file=sys.stderr)
             if bad == 10:
-                raise ValueError(f"stage {stage}: the gradient was NaN or inf for 10 consecutive steps, up to {step + 1}; "
-                                 "a lower --lr may help")
+                raise ValueError(f"stage {stage}: the gradient was NaN or inf for 10 consecutive steps; a lower --lr "
+                                 "may help")
         scaler.update()
         step += 1
         done = step == recipe.steps
@@ -642,9 +636,9 @@ class Run:
         return [x.to(self.device) for x in tokenizer(captions)]
 
     def cached(self, name, made_from, compute):
-        """What compute(images, captions) -> {key: tensor (B, ...)} gives for the first --cache images that the data set
-        draws, each with one caption and one flip. More than it has images, and they come again with others. Computed
-        once: a cache counts while it is newer than the files it was made from. -> {key: array (N, ...), memory-mapped}"""
+        """What compute(images, captions) -> {key: tensor (B, ...)} gives for the data set's first --cache draws,
+        computed once. A draw has one caption and one flip; draws beyond the number of images have others. The cache
+        counts while it is newer than the files it was made from. -> {key: memory-mapped array (N, ...)}"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
         made_from = [self.folder / file for file in (*made_from, "options.json")]
         if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):
@@ -784,8 +778,8 @@ def measure_a(run):
     usage, perplexity = codebook_usage(codes, len(a.quantizer.codebook))
     run.log(stage="a", psnr=quantized.mean(), psnr_unquantized=unquantized.mean(), codebook_usage=usage,
             perplexity=perplexity)
-    print(f"stage A: PSNR {quantized.mean():.1f} dB ({unquantized.mean():.1f} without the quantizer), {usage:.0%} of the "
-          f"codebook in use, perplexity {perplexity:.0f}")
+    print(f"stage A: PSNR {quantized.mean():.1f} dB ({unquantized.mean():.1f} without the quantizer), {usage:.0%} of "
+          f"the codebook in use, perplexity {perplexity:.0f}")
 
 
 def train_b(run):
@@ -898,11 +892,12 @@ def make_parser():
     add("--steps", type=int, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=int, help="images per step, of all processes; the preset's recipe if not given")
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=int, default=16_384, help="images drawn from the data set for Stages B and C, whose latents are "
-        "computed once; with more than it has, images come again with other captions and flips")
+    add("--cache", type=int, default=16_384, help="draws from the data set that Stages B and C learn from, their "
+        "latents computed once; beyond the number of images, these come again with other captions and flips")
     add("--seed", type=int, default=0, help="of the data and the weights")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--freeze-text", action=argparse.BooleanOptionalAction, default=False, help="Stage C: don't train the text encoder")
+    add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
+        help="don't train Stage C's text encoder")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
@@ -923,7 +918,8 @@ def pick_precision(device):
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     has = torch.cpu.get_capabilities()
-    return "bfloat16" if device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16")) else "float32"
+    there = device == "cpu" and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if there else "float32"
 
 
 def begin(args):
@@ -958,7 +954,7 @@ def main(argv=None):
     args.precision = args.precision or pick_precision(args.device)
     for name in FIXED if saved else ():
         if getattr(args, name) != saved[name]:
-            parser.error(f"{args.run} was begun with {name} {saved[name]}, not {getattr(args, name)}: take another --run")
+            parser.error(f"{args.run} was begun with {name} {saved[name]}; take another --run")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
     if args.init_from and args.stage not in TRAIN:

@@ -843,8 +843,11 @@ class StageC(nn.Module):
 
 
 def alpha_bar(t):
-    """Share of the signal's variance left at time t, the cosine schedule: cos²((t + s)/(1 + s)·π/2) / cos²(s/(1 + s)·π/2)
-    with s = 0.008. t: tensor in [0, 1] -> same shape, in [0.0001, 0.9999]"""
+    """Share of the signal's variance left at time t, the cosine schedule, with s = 0.008:
+
+        ᾱ(t) = cos²((t + s)/(1 + s)·π/2) / cos²(s/(1 + s)·π/2)
+
+    t: tensor in [0, 1] -> same shape, in [0.0001, 0.9999]"""
     s = 0.008
     start = math.cos(s / (1 + s) * math.pi / 2) ** 2
     return (torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / start).clamp(0.0001, 0.9999)
@@ -863,8 +866,8 @@ def training_times(n, device):
 
 
 def diffusion_loss(eps, predicted, t):
-    """Mean of (1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as the authors' code has
-    it, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints (1 − ᾱ)/(1 + ᾱ).
+    """Mean of (1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as in the authors'
+    code, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints (1 − ᾱ)/(1 + ᾱ).
     eps and predicted (B, ...), t (B,) -> scalar"""
     return ((1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()
 
@@ -929,9 +932,9 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
         eps = eps(x, unconditional) + guidance·(eps(x, conditional) − eps(x, unconditional))
 
     network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
-    conditions: of B rows; where guidance is not 1, of 2·B: the conditional ones, then the unconditional. sampler: "ddpm"
-    or "ddim". after_step(x, x0, t_next) -> x: called after each step with x, the network's estimate of x0 and the time
-    reached; what it returns goes on. -> (B, H, W, C)"""
+    conditions: of B rows; if guidance is not 1, of 2·B: the conditional ones, then the unconditional; sampler: "ddpm"
+    or "ddim"; after_step(x, x0, t_next) -> x: called after each step with x, the network's estimate of x0 and the time
+    reached; what it returns is the new x. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
         if guidance == 1:
             eps = network(x, t.expand(len(x)), conditions)
