@@ -127,7 +127,7 @@ def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), gu
 
 def keep(known, mask, noise):
     """For `after_step` of `sample`: puts known latents back where the mask (B, h, w, 1) is True, noised to the time
-    reached (RePaint, Lugmayr et al., 2022)."""
+    reached (the idea of RePaint, Lugmayr et al., 2022, without its resampling)."""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
     return after_step
@@ -152,8 +152,8 @@ def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(4
 
 @torch.no_grad()
 def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance=(4.0, 1.0), sampler="ddpm"):
-    """How images appear: Stage C's estimate of x0 at each of its steps, drawn by Stage B in 4 steps from the noise that
-    it draws the final image from. seeds: list of B ints, size (height, width)
+    """How images appear: Stage C's estimate of x0 at each of its steps, drawn by Stage B in 4 steps with the noise of
+    the final image. seeds: list of B ints, size (height, width)
     -> list of images (B, H, W, 3), the last one as `generate` draws it"""
     cells, latents = model.config.grid(*(size or [model.config.image_size] * 2))
     generator, estimates = generators(seeds, len(prompts)), []
@@ -183,7 +183,7 @@ def parse_args(argv=None):
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write", default="out.png")
-    add("--count", help="images per prompt", type=int)
+    add("--count", help="images per prompt; of --mix, images from one to the other", type=int)
     add("--seed", help="of the first image's noise; the second has the next, and so on", type=int, default=0)
     add("--negative", help="negative prompt", default="")
     add("--height", help="in pixels; as trained if not given", type=int)
@@ -195,7 +195,7 @@ def parse_args(argv=None):
     add("--cfg-b", help="classifier-free guidance scale of Stage B, 1: none", type=float, default=1.0)
     add("--sampler", help="ddim adds no noise on the way", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", help="where to compute", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--strength", help="of --redraw's noise: 0 keeps the image, 1 nothing of it", type=float, default=0.6)
+    add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it", type=float, default=0.6)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF")
     add("--reconstruct", help="images to compress and rebuild", nargs="+", metavar="IMAGE")
@@ -203,9 +203,10 @@ def parse_args(argv=None):
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
     add("--redraw", help="draw the prompts, starting from this image and noise", metavar="IMAGE")
     add("--fill", help="draw the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
-    if "--official" in (argv or sys.argv):
-        parser.set_defaults(cfg=4.0)
     args = parser.parse_args(argv)
+    if args.official:
+        parser.set_defaults(cfg=4.0)
+        args = parser.parse_args(argv)
     if not all(map(str.strip, args.prompts)):
         parser.error("a prompt is empty")
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
@@ -242,12 +243,13 @@ def draw(model, args):
     b_options = dict(negative=args.negative, steps=args.steps_b, guidance=args.cfg_b, sampler=args.sampler)
     options = dict(negative=args.negative, steps=("fast" if args.fast else args.steps_c, args.steps_b),
                    guidance=(args.cfg, args.cfg_b), sampler=args.sampler)
-    given = args.reconstruct or args.mix or [path for path in (args.vary, args.redraw) if path] or (args.fill or [])[:1]
-    images = torch.stack([to_tensor(load_image(path, size)) for path in given]).to(model.device) if given else None
+    paths = args.reconstruct or args.mix or [path for path in (args.vary, args.redraw) if path] or (args.fill or [])[:1]
+    images = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
     if args.reconstruct:
         seeds = [args.seed + i for i in range(len(images))]
-        return make_sheet([images, *model.reconstruct(images, seed=seeds, **b_options)],
-                          [Path(path).name for path in given])
+        captions = prompts[:1] * len(images)
+        return make_sheet([images, *model.reconstruct(images, captions, seeds, **b_options)],
+                          [Path(path).name for path in paths])
     if args.mix:
         return make_sheet([mix(model, images, prompts[0], args.count, args.seed, **b_options)])
     if args.film:
@@ -256,14 +258,14 @@ def draw(model, args):
                        duration=[80] * (len(frames) - 1) + [2000])  # milliseconds
         return frames[-1]
 
-    bar = tqdm(total=0, unit="step", disable=bool(given))
+    bar = tqdm(total=0, unit="step", disable=bool(paths))
 
     def advance(x, x0, t_next):
         bar.update()
         return x
 
     def draw_batch(prompts, seeds):
-        batch = images.expand(len(prompts), -1, -1, -1) if given else None
+        batch = images.expand(len(prompts), -1, -1, -1) if paths else None
         if args.vary:
             return vary(model, batch, prompts, seeds, **b_options)
         if args.redraw:

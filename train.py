@@ -6,11 +6,10 @@ Trains Würstchen from nothing, stage by stage:
     python train.py --data folder --data-dir DIR --run runs/mine        your own images, with captions in .txt files
     python train.py c --steps 5000                       one stage again, for longer
 
-The order is the paper's: tokenizer, text encoder (contrastively), Stage A, Stage B with its semantic compressor,
-Stage C on the compressor's latents. Stage B reads the text encoder as it is; Stage C goes on training its own copy.
-Five things are not the authors' but let it learn in minutes: hard negatives in the contrastive training, whose image
-encoder is where Stage B's compressor starts; the optimizer Muon; a cosine schedule for the learning rate; more dropped
-captions in Stage B; a text encoder that is trained with Stage C. What a run leaves in its folder:
+First the tokenizer and, contrastively, a text encoder (the paper takes CLIP's); then the paper's order: Stage A,
+Stage B with its semantic compressor, Stage C on the compressor's latents. Stage B reads the text encoder as it is;
+Stage C goes on training its own copy. The README lists what differs from the authors' training. What a run leaves in
+its folder:
 
     config.json, tokenizer/     sizes and vocabulary
     options.json                the options that later commands take over
@@ -55,8 +54,8 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is (uint8 array (size, size, 3), caption), the same for the
-# same seed. So a run that goes on needs only the number of its step. First Shapes, drawn on the fly: "a big blue square
-# to the left of a small green star".
+# same seed. So to resume a run, its step number is enough. First Shapes, drawn on the fly: "a big blue square to the
+# left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -78,8 +77,7 @@ def ring(n, radius, start=-90):
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-# Outlines for radius 1. A square fills its box and a star does not, so to look equally big they reach a little
-# differently far.
+# Outlines for radius 1. A square fills its box and a star does not: they reach differently far, to look equally big.
 OUTLINES = {
     "circle": ring(48, 0.95),
     "square": ring(4, 0.85 * math.sqrt(2), start=-45),
@@ -161,7 +159,8 @@ def place(scene, rng):
 
 
 def draw(caption, rng, size=128):
-    """An image of the caption: uint8 array (size, size, 3). What the caption leaves open is random."""
+    """An image of the caption: uint8 array (size, size, 3). Sizes that it leaves open, exact places and tints are
+    random; without a background, it is white."""
     scene = parse(caption)
 
     def tinted(rgb, most):
@@ -207,7 +206,8 @@ class Shapes(Dataset):
 
     def hard_negatives(self, caption, rng):
         """Captions that are almost right: one with another size, colour or shape; for two objects, also one of the same
-        words in which the objects, their sizes, colours or shapes are swapped. None of another split."""
+        words in which the objects, their sizes, colours or shapes are swapped. Captions of the training split or this
+        data set's own; others are left out."""
         scene = parse(caption)
         objects = [list(thing) for thing in scene.objects]
         thing = objects[rng.integers(len(objects))]
@@ -219,10 +219,13 @@ class Shapes(Dataset):
         if scene.relation:
             first, second = scene.objects
             swappable = [part for part in range(3) if first[part] and second[part] and first[part] != second[part]]
-            part = rng.choice([*swappable, 3])  # 3: all at once
-            first, second = zip(*((b, a) if part in (i, 3) else (a, b) for i, (a, b) in enumerate(zip(first, second))))
+            swapped = rng.choice([*swappable, 3])  # 3: all at once
+            first, second = list(first), list(second)
+            for part in range(3):
+                if swapped in (part, 3):
+                    first[part], second[part] = second[part], first[part]
             wrong.append(Scene([first, second], scene.relation, scene.background))
-        return [scene.caption() for scene in wrong if split_of(scene) in ("train", self.split)]
+        return [other.caption() for other in wrong if split_of(other) in ("train", self.split)]
 
 
 # Data sets on disk: lists of (image, captions), which `Images` makes endless.
@@ -304,7 +307,7 @@ def folder(place, split):
 
 class Images(Dataset):
     """Endless data set over a list of images, reshuffled every epoch; unreadable images are skipped and named.
-    items: [(path or array, captions)]; flip: mirrors every other image at random"""
+    items: [(path or array, captions)]; flip: mirrors images at random"""
 
     def __init__(self, items, size, seed=0, flip=False):
         if not items:
@@ -361,7 +364,7 @@ def text_loss(clip, images, ids, mask):
 
 
 def vqgan_loss(vqgan, discriminator, images, adversarial):
-    """Stage A's (section E.1, with other weights: the paper has MSE + 0.1·perceptual + 0.01·adversarial):
+    """Stage A's (appendix E.1, but with other terms; the paper's are MSE + 0.1·perceptual + 0.01·adversarial):
 
         loss_gen = 10·MSE + L1 + quantizer's loss − 0.005·D(reconstruction)
         loss_disc = max(0, 1 − D(images)) + max(0, 1 + D(reconstruction))        (hinge)
@@ -382,10 +385,14 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 
 
 def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
-    """Stage B's, and with it the compressor's (section E.2): diffusion_loss of eps in noised latents, given text and
-    semantic latents. Conditions are dropped, so that B learns its unconditional branch, and noised, because Stage C's
-    semantic latents will never be exact. The authors drop 5 % of the captions; we drop 25 %: Shapes' captions say
-    nearly all that an image shows, and B would read them instead of the semantic latents.
+    """Stage B's, and with it the compressor's (appendix E.2): diffusion_loss of eps in noised latents, given the text
+    and the semantic latents e. To draw without them too, and because Stage C's e will never be exact, B learns with
+
+        text: replaced by the null caption for 25 % of the images (the authors: 5 %)
+        e: noised at a random time in [0, 0.5] for 30 % of the images that have a caption; then zeroed for 5 % of all
+
+    We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
+    there is no caption, e is all that B has, and stays clean.
 
     small: images at 3/4 size (B, 3H/4, 3W/4, 3) in [0, 1]; latents: Stage A's (B, h, w, 4), not yet divided by scale;
     text (B, L, width); null_text (1, L, width): the null caption, that is the empty one, encoded -> scalar"""
@@ -401,8 +408,8 @@ def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
 
 
 def stage_c_loss(c, semantic, text, null_text):
-    """Stage C's (sections 3.2 and E.3): diffusion_loss of eps in noised semantic latents, given the text; 5 % of the
-    captions are replaced by the null caption, which classifier-free guidance needs.
+    """Stage C's (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5 % of
+    the captions are replaced by the null caption, which classifier-free guidance needs.
     semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width) -> scalar"""
     text = torch.where(bernoulli_mask(0.05, text), null_text, text)
     x0 = c.normalise(semantic)
@@ -431,7 +438,7 @@ RECIPES = {
                  c=Recipe(500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
-    # The paper's batches and rate at its first resolution, in steps that it does not state for the text encoder.
+    # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(500_000, 256, 1e-4), b=Recipe(457_000, 512, 1e-4),
                c=Recipe(500_000, 1536, 1e-4)),
 }
@@ -459,7 +466,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 updates = orthogonal(torch.stack(torch._foreach_lerp(grads, means, group["momentum"])), self.dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                # The factor makes updates as long as AdamW's.
+                # The factor gives updates about the size of AdamW's.
                 torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
@@ -476,16 +483,20 @@ def orthogonal(x, dtype):
 
 
 def make_optimizers(network, lr_scale, muon, dtype):
-    """AdamW, as the authors have it; with `muon`, Muon for the large matrices. lr_scale(name): factor on the learning
-    rate of a parameter. -> list of optimizers; each group has its "lr_scale" """
+    """AdamW, with the betas of the authors' script for Stage B; with `muon`, Muon for the weights of Linears that have
+    at least 64 rows and columns. lr_scale(name): factor on the learning rate of a parameter, kept as "lr_scale" in its
+    group. -> list of one or two optimizers"""
     large = {m.weight for m in network.modules() if muon and isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
-    groups = {}
+    adamw, muons = {}, {}  # factor -> parameters
     for name, p in network.named_parameters():
-        groups.setdefault((p in large, lr_scale(name)), []).append(p)
-    adamw, muons = ([dict(params=params, lr_scale=factor * scale) for (is_large, scale), params in groups.items()
-                     if is_large == kind] for kind, factor in ((False, 1), (True, 3)))  # Muon's steps may be longer
-    return [torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.01, fused=True)] + (
-        [Muon(muons, dtype)] if muons else [])
+        if p in large:
+            muons.setdefault(3 * lr_scale(name), []).append(p)  # its steps may be longer
+        else:
+            adamw.setdefault(lr_scale(name), []).append(p)
+    adamw, muons = ([dict(params=params, lr_scale=scale) for scale, params in groups.items()]
+                    for groups in (adamw, muons))
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    return optimizers + [Muon(muons, dtype)] if muons else optimizers
 
 
 def ema_update(averages, params, steps):
@@ -509,9 +520,9 @@ def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1,
     """Trains a network and returns its moving average. A checkpoint is written every --save-every steps and on Ctrl-C;
     the next call goes on from it.
 
-    batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss and a
-    dictionary of numbers to log; preview(average, step) saves images or measures; lr_scale and muon: see
-    `make_optimizers`."""
+    batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
+    and a dictionary of numbers to log (a "loss" among them is logged in its place); preview(average, step) saves images
+    or measures; lr_scale and muon: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
@@ -553,13 +564,13 @@ def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1,
         scaler.scale(loss).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # as the authors do
         if norm.isfinite():
             for optimizer in optimizers:
                 scaler.step(optimizer)
             average.update_parameters(network)
             bad = 0
-        else:  # leave the step out; the forward pass has spoiled BatchNorm's statistics too
+        else:  # leave the step out, and restore BatchNorm's statistics, of which the average has the last good ones
             for old, new in zip(average.module.buffers(), network.buffers()):
                 new.copy_(old)
             bad += 1
@@ -571,9 +582,9 @@ def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1,
         step += 1
         done = step == recipe.steps
         if step % args.log_every == 0 or done:
-            speed = (step - first) * recipe.batch / (time.time() - start)
-            bar.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s")
-            run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **{"loss": loss.item(), **numbers})
+            speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
+            bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
+            run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
         if run.rank == 0 and (step % args.save_every == 0 or done):
             preview(average.module, step)
         if run.rank == 0 and (step % args.save_every == 0 or stopped):
@@ -581,7 +592,7 @@ def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1,
                                        **{name: part.state_dict() for name, part in checkpointed.items()}))
         if stopped:
             bar.close()
-            sys.exit(f"stopped after step {step}; the same command goes on")
+            sys.exit(f"stopped after step {step}; run the same command to continue")
     signal.signal(signal.SIGINT, handler)
     return average.module
 
@@ -598,7 +609,7 @@ class Run:
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
-        self.model, self.given = None, False  # given: the stage goes on from weights of another run
+        self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
 
     def recipe(self, stage):
         recipe, args = RECIPES[self.args.preset][stage], self.args
@@ -636,9 +647,10 @@ class Run:
         return [x.to(self.device) for x in tokenizer(captions)]
 
     def cached(self, name, made_from, compute):
-        """What compute(images, captions) -> {key: tensor (B, ...)} gives for the data set's first --cache draws,
-        computed once. A draw has one caption and one flip; draws beyond the number of images have others. The cache
-        counts while it is newer than the files it was made from. -> {key: memory-mapped array (N, ...)}"""
+        """What compute(images, captions) -> {key: tensor (B, ...)} gives for the first --cache training examples,
+        computed once. An example has one caption and one flip; beyond the number of images, they come again with
+        others. The cache is valid while it is newer than the files it was made from.
+        -> {key: memory-mapped array (N, ...)}"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
         made_from = [self.folder / file for file in (*made_from, "options.json")]
         if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):
@@ -681,7 +693,7 @@ def train_tokenizer(args, config):
 
 
 def train_text(run):
-    """The text encoder, contrastively against an EfficientNet. (The authors take OpenCLIP's, which was trained so.)
+    """The text encoder, contrastively with an image encoder. (The authors take OpenCLIP's, which was trained this way.)
 
     With random negatives, CLIP can win by matching words and never learns which colour belongs to which shape
     (Yuksekgonul et al., 2023). So we add hard negatives: captions with words swapped or one replaced.
@@ -792,7 +804,7 @@ def train_b(run):
                     text=model.text_b(*run.tokens(captions)).half())
 
     arrays = run.cached("latents", ("text.pt", "a.pt"), compute)
-    if not run.given:
+    if not run.pretrained:
         init_mapper(model.compressor, [torch.tensor(arrays["small"][i:i + 32]).to(run.device) / 255
                                        for i in range(0, 1024, 32)])
     with torch.no_grad():
@@ -827,7 +839,7 @@ def train_c(run):
     """Stage C, on semantic latents computed once. Its text encoder is trained with it: Shapes' has seen so few captions
     that with a frozen one, fewer images come out right. --freeze-text leaves it alone, as in the paper."""
     model, frozen = run.model, run.args.freeze_text
-    if not run.given:
+    if not run.pretrained:
         model.text = copy.deepcopy(model.text_b)
 
     def compute(images, captions):
@@ -836,19 +848,20 @@ def train_c(run):
         return dict(semantic=model.compress(images)) | text
 
     arrays = run.cached("semantic", ("text.pt", "b.pt"), compute)
-    # Measured for given weights too. clip: early in training, a channel may be constant.
+    # Measured for pretrained weights too: they differ with the size of the images. clip: a channel may be constant.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
     network = nn.ModuleDict(dict(c=model.c) if frozen else dict(text=model.text, c=model.c))
     null_tokens = run.tokens([""], "c")
     with torch.no_grad():
-        null_text = model.text(*null_tokens)
+        null_text = model.text(*null_tokens) if frozen else None
 
     def loss_fn(network, batch, step):
+        c, semantic = network["c"], batch["semantic"]
         if frozen:
-            return stage_c_loss(network["c"], batch["semantic"], batch["text"].float(), null_text), {}
-        text, null = network["text"](batch["ids"], batch["mask"]), network["text"](*null_tokens)
-        return stage_c_loss(network["c"], batch["semantic"], text, null), {}
+            return stage_c_loss(c, semantic, batch["text"].float(), null_text), {}
+        encoder = network["text"]
+        return stage_c_loss(c, semantic, encoder(batch["ids"], batch["mask"]), encoder(*null_tokens)), {}
 
     def use(average):
         for name, part in average.items():
@@ -892,8 +905,8 @@ def make_parser():
     add("--steps", type=int, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=int, help="images per step, of all processes; the preset's recipe if not given")
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=int, default=16_384, help="draws from the data set that Stages B and C learn from, their "
-        "latents computed once; beyond the number of images, these come again with other captions and flips")
+    add("--cache", type=int, default=16_384, help="training examples of Stages B and C, whose latents are computed "
+        "once; beyond the number of images, these come again with other captions and flips")
     add("--seed", type=int, default=0, help="of the data and the weights")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
@@ -927,16 +940,18 @@ def begin(args):
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)
+        if model.compressor is None and args.stage in ("text", "b"):
+            raise ValueError(f"{args.init_from} has no EfficientNetEncoder to train")
         model.config.image_size = args.image_size
         model.save(args.run)
         if (clip := Path(args.init_from) / "clip.pt").exists():
             shutil.copy(clip, args.run)
     else:
         config = copy.deepcopy(PRESETS[args.preset])
-        config.text_b, config.image_size = config.text, args.image_size  # one contrastive training for both stages
+        config.text_b, config.image_size = config.text, args.image_size  # one text encoder's sizes for both stages
         tokenizer = train_tokenizer(args, config)
         config.text.vocab_size = len(tokenizer)
-        with torch.device("meta"):
+        with torch.device("meta"):  # no weights yet: only the sizes and the tokenizer are saved
             Wuerstchen(config, tokenizer).save(args.run, stages=())
 
 
@@ -957,6 +972,8 @@ def main(argv=None):
             parser.error(f"{args.run} was begun with {name} {saved[name]}; take another --run")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
+    if args.download and not (args.data in CIFAR and args.data_dir):
+        parser.error(f"--download needs --data {' or '.join(CIFAR)}, and --data-dir")
     if args.init_from and args.stage not in TRAIN:
         parser.error(f"--init-from needs the stage to train: {', '.join(TRAIN)}")
     if "LOCAL_RANK" in os.environ:  # under torchrun
@@ -965,6 +982,8 @@ def main(argv=None):
             torch.cuda.set_device(args.device)
         distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
     first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # only one of them speaks
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
 
     start = time.time()
@@ -985,8 +1004,8 @@ def main(argv=None):
             print(f"stage {stage}: already trained")
             continue
         torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
-        run.given = bool(args.init_from) and path.exists()
-        run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.given).to(args.device)
+        run.pretrained = bool(args.init_from) and path.exists()
+        run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(args.device)
         TRAIN[stage](run)
         if first:
             run.model.save_stage(run.folder, stage)

@@ -2,11 +2,13 @@
 Würstchen: text-to-image diffusion in a space 42 times smaller than the image, in one readable module.
 
 Pernias, Rampas, Richter, Pal, Aubreville: "Würstchen: An Efficient Architecture for Large-Scale Text-to-Image
-Diffusion Models", arXiv 2306.00637 ("the paper"; section numbers are those of version 2). Three stages, trained in
-the order A -> B -> C and run in the order C -> B -> A:
+Diffusion Models", arXiv 2306.00637 ("the paper"; section numbers are those of its second version). Three stages,
+trained in the order A -> B -> C and run in the order C -> B -> A:
 
     caption --TextEncoder--> text --StageC--> semantic latents --StageB--> latents --VQGAN decoder--> image
                                    (B, 24, 24, 16)          (B, 256, 256, 4)              (B, 1024, 1024, 3)
+
+Stage B reads the text too, with a text encoder of its own.
 
 Read it from top to bottom:
 
@@ -64,7 +66,7 @@ class VQGANConfig:
     channels: tuple = (192, 384)  # of each level
     blocks: int = 12  # of the decoder, at the lowest resolution
     codebook_size: int = 8192
-    scale: float = 0.3764  # Stage B works on latents divided by this
+    scale: float = 0.3764  # Stage B works on latents divided by this; training measures its own
     disc_depth: int = 6
     disc_width: int = 512
 
@@ -121,7 +123,7 @@ class Config:
 
     @property
     def stride(self):
-        """Image sides must divide by this: Stage A's stride of 4, times B's patch, times B's down-samplings."""
+        """Image sides must be multiples of this: Stage A's stride of 4, times B's patch, times B's down-samplings."""
         return 4 * self.b.patch * 2 ** (len(self.b.channels) - 1)
 
     @property
@@ -131,8 +133,8 @@ class Config:
 
     def grid(self, height, width):
         """Latent sizes for an image of height x width pixels, rounded as the published model does: one semantic cell
-        per 42.67 pixels, rounded up; 10.67 latents per cell, rounded to what Stage B's strides divide.
-        -> semantic (hs, ws), Stage A's latents (h, w)"""
+        per image_size / cells pixels (42.67 at 128, 256 and 1024), rounded up; as many latents per cell as when
+        trained, rounded to what Stage B's strides divide. -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [max(1, math.ceil(pixels * self.cells / self.image_size)) for pixels in (height, width)]
         latents = [int(n * self.image_size / 4 / self.cells) for n in semantic]
@@ -179,7 +181,7 @@ PRESETS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Blocks shared by Stages B and C (appendix E.2 and E.3): ConvNeXt-like, with time and text put in.
+# 2. Blocks shared by Stages B and C (appendices E.2 and E.3): ConvNeXt-like, with time and text put in.
 
 
 class Conv(nn.Conv2d):
@@ -197,7 +199,7 @@ class ConvUp(nn.ConvTranspose2d):
 
 
 def layer_norm(channels):
-    """LayerNorm over channels without weights: the time embedding scales and shifts instead."""
+    """LayerNorm over channels, without weights."""
     return nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
 
 
@@ -346,7 +348,8 @@ class BlockSequence(nn.ModuleList):
         return x
 
     def init_weights(self, total):
-        """Small steps at first: each residual branch is scaled by √(1/total), the TimestepBlocks change nothing."""
+        """Small steps at first: each ResBlock's last Linear is scaled by √(1/total), and a TimestepBlock changes
+        nothing."""
         for block in self:
             block.res.project.weight.data *= (1 / total) ** 0.5
             nn.init.zeros_(block.time.mapper.weight)
@@ -432,7 +435,7 @@ class CLIP(nn.Module):
 
     def embed_text(self, ids, mask):
         """ids and mask (N, L) -> unit vectors (N, width)"""
-        end = mask.sum(dim=1) - 1  # only the end token has seen the whole caption
+        end = mask.sum(dim=1) - 1  # the end token is the first that has seen the whole caption
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
         return F.normalize(self.text_projection(text).float(), dim=-1)
 
@@ -466,7 +469,7 @@ def contrastive_loss(logits, ids):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Stage A: a VQGAN with a stride of 4 (sections 3.1 and E.1; Esser et al., 2021).
+# 4. Stage A: a VQGAN with a stride of 4 (section 3.1, appendix E.1; Esser et al., 2021).
 
 
 def pad_edges(x):
@@ -507,8 +510,8 @@ class Quantizer(nn.Module):
     def forward(self, x):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar
 
-        loss = ‖q − sg(x)‖² + 0.25·‖x − sg(q)‖²: the codebook moves towards the latents, the latents (commitment)
-        towards the codebook; sg is "no gradient". The gradient of `quantized` goes straight through to x."""
+        loss = mean (q − sg(x))² + 0.25·mean (x − sg(q))², sg: no gradient. The codebook moves towards the latents, and
+        the latents towards the codebook (commitment). The gradient of `quantized` goes straight through to x."""
         with torch.autocast(x.device.type, enabled=False):  # nearest needs float32
             codes = torch.cdist(x.detach().float().flatten(0, 2), self.codebook.detach().float()).argmin(dim=1)
         codes = codes.view(x.shape[:-1])
@@ -526,7 +529,8 @@ def codebook_usage(codes, codebook_size):
 
 
 class VQGAN(nn.Module):
-    """Images to latents and back. Since v2, Stage B works on the latents *before* quantization."""
+    """Images to latents and back. Since the paper's second version, Stage B works on the latents *before*
+    quantization."""
 
     def __init__(self, config):
         super().__init__()
@@ -704,7 +708,7 @@ def shrink(images):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Stage B: from semantic latents and text to Stage A's latents, by a diffusion U-Net (sections 3.1 and E.2).
+# 6. Stage B: from semantic latents and text to Stage A's latents, by a diffusion U-Net (section 3.1, appendix E.2).
 
 
 class StageB(nn.Module):
@@ -776,21 +780,22 @@ class StageB(nn.Module):
             semantic, text_kv = next(conditions)
             h = blocks(h, time, text_kv, None, semantic)
             skips.append(h)
-        skips[-1] = None  # the lowest level's output is h itself
+        skips.pop()  # the lowest level's output is h itself
         for i, blocks in enumerate(self.up):
             semantic, text_kv = next(conditions)
-            h = blocks(h, time, text_kv, skips.pop(), semantic)
+            h = blocks(h, time, text_kv, skips.pop() if i > 0 else None, semantic)
             if i < len(self.upscale):
                 h = self.upscale[i](h)
 
-        # The network says x = a + b·eps, which is easy at both ends of time: near 0 all of x is a, near 1 it is eps.
+        # x = a + b·eps: the network says how much of x is clean (a), and how large the noise in it is (b).
         a, b = depth_to_space(self.out(self.out_norm(h)), self.cfg.patch).chunk(2, dim=-1)
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Stage C: from text to semantic latents (sections 3.2, 3.4 and E.3). So small a grid needs no U-Net.
+# 7. Stage C: from text to semantic latents (sections 3.2 and 3.4, appendix E.3). Its grid is so small that no U-Net is
+# needed.
 
 
 class StageC(nn.Module):
@@ -873,7 +878,8 @@ def diffusion_loss(eps, predicted, t):
 
 
 def predict_x0(x, eps, t):
-    """The clean value that follows from x at time t and the predicted eps: (x − √(1 − ᾱ)·eps)/√ᾱ. x (B, ...)"""
+    """The clean value that follows from x at time t and the predicted eps: (x − √(1 − ᾱ)·eps)/√ᾱ.
+    x and eps: one shape, t: scalar tensor -> the same shape"""
     signal = alpha_bar(t)
     return (x - (1 - signal).sqrt() * eps) / signal.sqrt()
 
@@ -1005,8 +1011,9 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def sample_c(self, x, times, prompts, negative="", guidance=4.0, **options):
-        """Stage C. x: what to start from at times[0], usually noise (B, hs, ws, 16); prompts: list of B; negative
-        prompt: one string or B; options: those of `sample` -> semantic latents (B, hs, ws, 16)"""
+        """Stage C. x: what to start from at times[0], usually noise (B, hs, ws, 16); prompts: list of B; negative: the
+        negative prompt, one string or B, by default the null caption ""; options: those of `sample`
+        -> semantic latents (B, hs, ws, 16)"""
         if guidance != 1:
             prompts = prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
         conditions = self.c.encode_conditions(self.encode_text(prompts, "c"))
@@ -1036,8 +1043,8 @@ class Wuerstchen(nn.Module):
     def generate(self, prompts, negative="", size=None, steps=(60, 12), guidance=(4.0, 1.0), seed=None, **options):
         """Draws an image per prompt: Stage C, then B, then A.
 
-        prompts: list of B strings; negative prompt: one string or B; size (height, width) in pixels (None: as trained),
-        rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B, 1 is no guidance;
+        prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
+        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B, 1: none;
         seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per image; options:
         `sampler` and `after_step` of `sample` -> images (B, H, W, 3) in [0, 1]"""
         cells, latents = self.config.grid(*(size or [self.config.image_size] * 2))
@@ -1083,15 +1090,19 @@ class Wuerstchen(nn.Module):
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
         model = cls(Config.from_dict(read_json(folder / "config.json")), *tokenizers)
         for stage in stages:
-            for name, weights in torch.load(folder / f"{stage}.pt", map_location="cpu", weights_only=True).items():
-                getattr(model, name).load_state_dict(weights)
+            weights = torch.load(folder / f"{stage}.pt", map_location="cpu", weights_only=True)
+            for name in STAGES[stage]:
+                if name in weights:
+                    getattr(model, name).load_state_dict(weights[name])
+                else:  # made from published weights without the compressor
+                    setattr(model, name, None)
         return model.eval()
 
     @classmethod
     def from_official(cls, folder, device="cpu", dtype=torch.float32):
         """The published model, from local copies of the hub's snapshots `wuerstchen-prior`, `wuerstchen` and, where
         images are to be compressed, `EfficientNetEncoder` in one folder; sizes are those of their configurations.
-        With another dtype than float32, call it under torch.autocast."""
+        With another dtype than float32, use the model under torch.autocast."""
         config = official_config({name: read_json(Path(folder) / place / "config.json")
                                   for name, place in OFFICIAL_FOLDERS.items() if name != "compressor"})
         with torch.device("meta"):  # no memory yet: the weights read are assigned
