@@ -16,7 +16,7 @@ its folder:
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
     clip.pt                     the whole contrastive model, by which tests/score.py judges
     STAGE.ckpt, cache/          an unfinished stage, and what it learns from
-    metrics.jsonl               a line every few steps: loss, images per second, and what a stage measures
+    metrics.jsonl               a line every few steps: loss, learning rate, images per second
     sheets/                     images that show the progress
 
 Read it from top to bottom: data, losses, the training loop, the stages, the command line.
@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 from sample import load_image, make_sheet, pick_device
 from tokenizer import Tokenizer, read_json
-from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, codebook_usage,
-                        contrastive_loss, diffusion_loss, save_atomically, shrink, training_times)
+from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
+                        diffusion_loss, save_atomically, shrink, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is (uint8 array (size, size, 3), caption), the same for the
@@ -516,13 +516,13 @@ class Objective(nn.Module):
         return self.loss_fn(self.network, batch, step)
 
 
-def fit(run, stage, network, batches, loss_fn, preview, lr_scale=lambda name: 1, muon=True):
+def fit(run, stage, network, batches, loss_fn, preview=lambda average, step: None, lr_scale=lambda name: 1, muon=True):
     """Trains a network and returns its moving average. A checkpoint is written every --save-every steps and on Ctrl-C;
     the next call goes on from it.
 
     batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
-    and a dictionary of numbers to log (a "loss" among them is logged in its place); preview(average, step) saves images
-    or measures; lr_scale and muon: see `make_optimizers`."""
+    and a dictionary of numbers to log (a "loss" among them is logged in its place); preview(average, step) saves
+    images; lr_scale and muon: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
@@ -636,9 +636,9 @@ class Run:
                                            pin_memory=self.device.type == "cuda"):
             yield images.to(self.device, non_blocking=True) / 255, list(captions)
 
-    def test_examples(self, count=8):
-        """The first test images and their captions, the same for every sheet."""
-        images, captions = zip(*(self.test_data[i] for i in range(count)))
+    def examples(self, data, count=8):
+        """The first images of a data set (count, H, W, 3) in [0, 1], and their captions."""
+        images, captions = zip(*(data[i] for i in range(count)))
         return torch.from_numpy(np.stack(images)).to(self.device) / 255, list(captions)
 
     def tokens(self, captions, stage="b"):
@@ -698,27 +698,16 @@ def train_text(run):
     With random negatives, CLIP can win by matching words and never learns which colour belongs to which shape
     (Yuksekgonul et al., 2023). So we add hard negatives: captions with words swapped or one replaced.
     """
-    def tokens(data, captions, seed):
-        """-> ids and mask (N, L) of the captions, then of their hard negatives (only Shapes can make them)"""
-        rng = np.random.default_rng(seed)
-        negatives = [data.hard_negatives(caption, rng) if run.args.data == "shapes" else [] for caption in captions]
-        return run.tokens(captions + sum(negatives, []))
-
     def loss_fn(clip, batch, step):
         images, captions = batch
-        return text_loss(clip, images, *tokens(run.train_data, captions, (run.args.seed, step, run.rank))), {}
-
-    @torch.no_grad()
-    def measure(clip, step):
-        """Accuracy: for what share of 256 test images their own caption fits best, hard negatives included."""
-        images, captions = run.test_examples(256)
-        ids, mask = tokens(run.test_data, captions, run.args.seed)
-        best = clip(images, ids, mask).argmax(dim=1)
-        run.log(stage="text", step=step, accuracy=(ids[best] == ids[:256]).all(dim=1).float().mean())
+        rng, negatives = np.random.default_rng((run.args.seed, step, run.rank)), []
+        if run.args.data == "shapes":  # other captions have no grammar
+            negatives = sum((run.train_data.hard_negatives(caption, rng) for caption in captions), [])
+        return text_loss(clip, images, *run.tokens(captions + negatives)), {}
 
     clip = CLIP(run.model.config)
     clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # the latter is where Stage B's starts
-    clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn, measure)
+    clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn)
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
     if run.rank == 0:
         save_atomically(run.folder / "clip.pt", clip.state_dict())
@@ -740,14 +729,14 @@ def train_a(run):
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
     def preview(network, step):
-        images, captions = run.test_examples()
+        images, captions = run.examples(run.test_data)
         run.save_sheet("a", step, [images, network["a"](images)[0]], captions)
 
     # A code has a gradient only when it is chosen, and must keep up with moving latents: it learns faster.
     average = fit(run, "a", network.to(run.device), run.batches, loss_fn, preview,
                   lr_scale=lambda name: 5 if name.endswith("codebook") else 1, muon=False)
     run.model.a = average["a"]
-    measure_a(run)
+    set_scale(run)
 
 
 def crop(images, side):
@@ -774,24 +763,11 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 
 
 @torch.no_grad()
-def measure_a(run):
-    """Sets the scale that Stage B's latents are divided by, and reports, on 256 test images: PSNR with and without the
-    quantizer, and how much of the codebook is used."""
-    a, parts = run.model.a, []
-    for images in run.test_examples(256)[0].split(32):
-        reconstruction, latents, codes, _ = a(images)
-        psnr = [-10 * (x.clamp(0, 1) - images).square().mean(dim=(1, 2, 3)).log10()
-                for x in (reconstruction, a.decode(latents))]
-        parts.append((*psnr, latents, codes))
-    quantized, unquantized, latents, codes = map(torch.cat, zip(*parts))
-    # Three times the deviation: the large shapes then hide in the noise for longer, and B learns to ask the semantic
-    # latents where they are and of what colour.
-    a.scale.fill_(3 * latents.std())
-    usage, perplexity = codebook_usage(codes, len(a.quantizer.codebook))
-    run.log(stage="a", psnr=quantized.mean(), psnr_unquantized=unquantized.mean(), codebook_usage=usage,
-            perplexity=perplexity)
-    print(f"stage A: PSNR {quantized.mean():.1f} dB ({unquantized.mean():.1f} without the quantizer), {usage:.0%} of "
-          f"the codebook in use, perplexity {perplexity:.0f}")
+def set_scale(run):
+    """Stage B's latents are divided by 3.2 times their deviation. Large shapes then hide in the noise for longer, and B
+    learns to ask the semantic latents where they are and of what colour."""
+    images, _ = run.examples(run.train_data, 256)
+    run.model.a.scale.fill_(3.2 * torch.cat([run.model.a.encode(some) for some in images.split(32)]).std())
 
 
 def train_b(run):
@@ -817,7 +793,7 @@ def train_b(run):
 
     def preview(average, step):
         model.compressor, model.b = average["compressor"], average["b"]
-        images, captions = run.test_examples()
+        images, captions = run.examples(run.test_data)
         run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
@@ -869,7 +845,7 @@ def train_c(run):
 
     def preview(average, step):
         use(average)
-        images, captions = run.test_examples()
+        images, captions = run.examples(run.test_data)
         run.save_sheet("c", step, [images, model.generate(captions, guidance=(2.0, 1.0), seed=0)], captions)
 
     use(fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,

@@ -520,14 +520,6 @@ class Quantizer(nn.Module):
         return x + (quantized - x).detach(), codes, loss
 
 
-def codebook_usage(codes, codebook_size):
-    """Share of the codebook in use, and its perplexity (1: one code for everything; codebook_size: all equally often).
-    codes: any shape of int64 -> (float in [0, 1], float >= 1)"""
-    share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
-    perplexity = torch.special.entr(share).sum().exp()
-    return (share > 0).float().mean().item(), perplexity.item()
-
-
 class VQGAN(nn.Module):
     """Images to latents and back. Since the paper's second version, Stage B works on the latents *before*
     quantization."""

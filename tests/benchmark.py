@@ -3,18 +3,15 @@ How fast this is, beside the reference's classes on the same machine:
 
     python tests/benchmark.py                            all that follows; minutes on two CPU cores
     python tests/benchmark.py --only train generate      some of it
-    python tests/benchmark.py --device cuda              on a GPU, with the published sizes at the end
 
-    train       a training step of stages A, B and C: forward, backward, clipping the gradient, AdamW
-    generate    captions to pictures, all of it, with the networks of the preset "tiny"
-    cache       Stage C's training on what was computed once, against making pictures, latents and text in every step
-    stages      each stage of train.py, pictures a second
-    v2          (CUDA only) training the published Stage C, compiled; drawing at 1024 px
+    train       a training step of Stages A, B and C: forward, backward, clipping the gradient, AdamW
+    generate    captions to images, all of it, with the networks of the preset "tiny"
+    stages      each stage of train.py as a user calls it, images per second
+    v2          (CUDA only) the published sizes: training Stage C, compiled; drawing at 1024 px
 
-The reference is diffusers, where that package (and transformers, which it wants) is installed; nothing else in the
-project needs them. Without, only our side is timed. The sides take turns, so that whatever else slows the machine slows
-both; times, and ratios of times, are the medians of the turns. Of float32 and bfloat16 (autocast) each side is shown
-with its faster one.
+The reference is diffusers, with transformers; where they are missing, only our side is timed. The sides take turns, so
+that whatever else slows the machine slows both. Times, and ratios of times, are medians over the turns. Each side is
+timed in float32 and, where the machine has it, bfloat16; its faster one counts. OMP_NUM_THREADS sets the CPU cores.
 """
 
 import argparse
@@ -23,363 +20,211 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-HERE = Path(__file__).parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from tokenizer import Tokenizer  # noqa: E402
-from train import Batches, Shapes  # noqa: E402
-from wuerstchen import (PRESETS, VQGAN, CompressorConfig, SemanticCompressor, StageB, StageBConfig,  # noqa: E402
-                        StageC, StageCConfig, TextEncoder, VQGANConfig, Wuerstchen, diffusion_loss, shrink)
+from train import pick_precision  # noqa: E402
+from wuerstchen import (PRESETS, VQGAN, StageB, StageBConfig, StageC, StageCConfig, VQGANConfig,  # noqa: E402
+                        Wuerstchen, diffusion_loss)
 
 try:
     from diffusers import DDPMWuerstchenScheduler
     from diffusers.pipelines.deprecated import wuerstchen as reference
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import BatchEncoding, CLIPTextConfig, CLIPTextModel
 except ImportError:
     reference = None
 
-A = VQGANConfig(channels=(32, 64), blocks=4, codebook_size=1024)
-B = StageBConfig(channels=(64, 128, 256), blocks=(2, 2, 4), heads=(0, 4, 8), semantic=(False, True, True),
-                 cond_width=128, text_width=128, dropout=0.1)
-C = StageCConfig(width=256, depth=6, heads=4, text_width=128, dropout=0.1)
+CONFIG = replace(PRESETS["tiny"], a=VQGANConfig(channels=(32, 64), blocks=4, codebook_size=1024),
+                 b=StageBConfig(channels=(64, 128, 256), blocks=(2, 2, 4), heads=(0, 4, 8),
+                                semantic=(False, True, True), cond_width=128, dropout=0.1),
+                 c=StageCConfig(width=256, depth=6, heads=4, dropout=0.1))
 CAPTION = "a big red circle to the left of a small blue square"
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s as published, without sparsity
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring. A `work` is a function that computes something, work(precision), to be timed.
-
-
-def ratio(slow, fast):
-    """How many times as long one side took as the other, turn by turn -> median"""
-    return median(a / b for a, b in zip(slow, fast))
 
 
 class Bench:
-    """The options, and what the machine multiplies at best."""
+    """Measures. device: "cpu" or "cuda"; rounds: turns per median"""
 
     def __init__(self, device, rounds):
         self.device, self.rounds = device, rounds
+        self.precisions = ["float32", "bfloat16"] if pick_precision(device) == "bfloat16" else ["float32"]
         n = 8192 if device == "cuda" else 1536
-        matrices = {name: torch.randn(n, n, device=device).to(dtype) for name, dtype in PRECISIONS.items()}
+        matrices = {name: torch.randn(n, n, device=device, dtype=getattr(torch, name)) for name in self.precisions}
         taken = self.alternate({name: partial(torch.matmul, x, x) for name, x in matrices.items()})
-        self.rates = {name: 2 * n**3 / median(times) for name, times in taken.items()}
+        self.rates = {name: 2 * n**3 / times.median().item() for name, times in taken.items()}  # FLOP/s
         print("matrix products: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.rates.items()))
-
-    def autocast(self, precision):
-        return torch.autocast(self.device, torch.bfloat16, enabled=precision == "bfloat16")
-
-    def seconds(self, run):
-        start = time.perf_counter()
-        run()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     def alternate(self, sides):
         """sides {name: function}: each in turn, after two rounds to warm up -> {name: its seconds, turn by turn}"""
-        times = [[self.seconds(run) for run in sides.values()] for _ in range(2 + self.rounds)]
-        return dict(zip(sides, zip(*times[2:])))
+        seconds = torch.empty(2 + self.rounds, len(sides))
+        for turn in seconds:
+            for i, run in enumerate(sides.values()):
+                start = time.perf_counter()
+                run()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                turn[i] = time.perf_counter() - start
+        return dict(zip(sides, seconds[2:].T))
 
-    def look_inside(self, run):
-        """Profiles one run -> bytes it takes at most beyond what was there before, [(operator, share of the time)]"""
-        on_gpu = self.device == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-        with profile(activities=activities, profile_memory=not on_gpu, acc_events=True) as record:
-            self.seconds(run)
-        if on_gpu:
-            most = torch.cuda.max_memory_allocated() - before
-        else:  # the exported trace has the sum after every single allocation
-            with tempfile.TemporaryDirectory() as folder:
-                record.export_chrome_trace(f"{folder}/trace.json")
-                events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-            most = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
-        taken = {event.key.removeprefix("aten::"): event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                 for event in record.key_averages()}
-        top = sorted(taken, key=taken.get, reverse=True)[:8]
-        return most, [(name, taken[name] / sum(taken.values())) for name in top]
-
-    def compare(self, what, pictures, ours, theirs):
-        """Times two works, `theirs` None without a reference, and prints what came out. pictures: in one run"""
+    def compare(self, what, images, ours, theirs=None):
+        """Times two works and prints the result. A work is a function: work(precision), "float32" or "bfloat16".
+        what: headline; images: how many one run handles; theirs: None without a reference"""
         works = {"ours": ours} | ({"reference": theirs} if theirs else {})
         taken = self.alternate({(side, precision): partial(work, precision)
-                                for side, work in works.items() for precision in PRECISIONS})
+                                for side, work in works.items() for precision in self.precisions})
         print(f"\n{what}")
-        best, tops = {}, {}
+        best = {}
         for side, work in works.items():
-            precision = min(PRECISIONS, key=lambda precision: median(taken[side, precision]))
+            precision = min(self.precisions, key=lambda name: taken[side, name].median())
             best[side] = taken[side, precision]
-            took = median(best[side])
-            with FlopCounterMode(display=False) as counter:
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
                 work(precision)
+            took = best[side].median().item()
             rate = counter.get_total_flops() / took
-            most, tops[side] = self.look_inside(partial(work, precision))
-            other = next(name for name in PRECISIONS if name != precision)
-            slower = median(taken[side, other])
-            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision} ({slower * 1e3:.1f} in {other}), "
-                  f"{pictures / took:7.1f} pictures/s, {rate / 1e9:7,.0f} GFLOP/s = "
-                  f"{rate / self.rates[precision]:3.0%} of matrix products, {most / 2**20:,.0f} MB")
+            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision}, {images / took:7.1f} images/s, "
+                  f"{rate / 1e9:7,.0f} GFLOP/s = {rate / self.rates[precision]:3.0%} of matrix products", flush=True)
         if theirs:
-            print(f"  {ratio(best['reference'], best['ours']):.2f} times as fast as the reference")
-        for side, top in tops.items():
-            print(f"  {side:9} spends " + ", ".join(f"{share:.0%} {name}" for name, share in top), flush=True)
+            print(f"  {(best['reference'] / best['ours']).median():.2f} times as fast as the reference", flush=True)
 
 
 def training_step(bench, network, loss_of):
-    """A work: one step. loss_of() -> scalar"""
+    """network: to be trained; loss_of() -> scalar; -> a work: one step"""
     network.to(bench.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
     def step(precision):
         optimizer.zero_grad()
-        with bench.autocast(precision):
+        with torch.autocast(bench.device, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = loss_of()
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
     return step
 
 
-def channels_first(x):
-    """As the reference wants it. (B, H, W, C) -> (B, C, H, W)"""
-    return x.permute(0, 3, 1, 2).contiguous()
+def diffusion_step(bench, network, *shapes):
+    """`training_step` for Stage B or C. shapes: of the noisy latents and of each condition"""
+    x, *conditions = [torch.randn(shape, device=bench.device) for shape in shapes]
+    noise, t = torch.randn_like(x), torch.rand(len(x), device=bench.device)
+    return training_step(bench, network, lambda: diffusion_loss(noise, network(x, t, *conditions), t))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The reference's networks in our sizes.
+def reference_networks(config):
+    """-> the reference's Stages A, B and C in the sizes of a Config"""
+    a, b, c = config.a, config.b, config.c
+    return (reference.PaellaVQModel(embed_dim=a.channels[-1], bottleneck_blocks=a.blocks,
+                                    num_vq_embeddings=a.codebook_size, scale_factor=a.scale),
+            reference.WuerstchenDiffNeXt(
+                c_hidden=list(b.channels), blocks=list(b.blocks), nhead=[heads or -1 for heads in b.heads],
+                level_config=["CTA" if heads else "CT" for heads in b.heads], inject_effnet=list(b.semantic),
+                c_cond=b.cond_width, clip_embd=config.text_b.width, dropout=b.dropout),
+            reference.WuerstchenPrior(c_in=config.semantic_channels, c=c.width, c_cond=config.text.width,
+                                      c_r=config.time_width, depth=c.depth, nhead=c.heads, dropout=c.dropout))
 
 
-def reference_a(cfg):
-    return reference.PaellaVQModel(embed_dim=cfg.channels[-1], bottleneck_blocks=cfg.blocks,
-                                   num_vq_embeddings=cfg.codebook_size, scale_factor=cfg.scale)
-
-
-def reference_b(cfg):
-    return reference.WuerstchenDiffNeXt(
-        c_hidden=list(cfg.channels), blocks=list(cfg.blocks), nhead=[heads or -1 for heads in cfg.heads],
-        level_config=["CTA" if heads else "CT" for heads in cfg.heads], inject_effnet=list(cfg.semantic),
-        c_cond=cfg.cond_width, clip_embd=cfg.text_width, dropout=cfg.dropout)
-
-
-def reference_c(cfg):
-    return reference.WuerstchenPrior(c_in=cfg.channels, c=cfg.width, c_cond=cfg.text_width, c_r=cfg.time_width,
-                                     depth=cfg.depth, nhead=cfg.heads, dropout=cfg.dropout)
-
-
-def reference_text(cfg):
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=cfg.vocab_size, max_position_embeddings=cfg.length, hidden_size=cfg.width, hidden_act=cfg.activation,
-        num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads, intermediate_size=cfg.mlp_width))
-
-
-def reference_pipelines(config, tokenizer):
-    """Text to semantic latents, and those to pictures."""
+def reference_generate(config, tokenizer, dtype):
+    """-> the reference's `Wuerstchen.generate`, for copies of one caption. dtype: of the weights"""
     def tokenize(texts, **options):
-        ids, mask = tokenizer(texts)
-        return SimpleNamespace(input_ids=ids, attention_mask=mask)
+        return BatchEncoding(dict(zip(("input_ids", "attention_mask"), tokenizer(texts))))
 
     tokenize.model_max_length = tokenizer.length
-    prior = reference.WuerstchenPriorPipeline(tokenize, reference_text(config.text), reference_c(config.c),
-                                              DDPMWuerstchenScheduler())
-    decoder = reference.WuerstchenDecoderPipeline(tokenize, reference_text(config.text_b), reference_b(config.b),
-                                                  DDPMWuerstchenScheduler(), reference_a(config.a))
-    for pipeline in (prior, decoder):
-        pipeline.set_progress_bar_config(disable=True)
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval()
-    return prior, decoder
+    networks = *reference_networks(config), *(CLIPTextModel(CLIPTextConfig(
+        hidden_size=cfg.width, hidden_act="gelu", vocab_size=cfg.vocab_size, max_position_embeddings=cfg.length,
+        num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
+        intermediate_size=cfg.mlp_width)) for cfg in (config.text, config.text_b))
+    a, b, c, text, text_b = (network.eval().to(dtype) for network in networks)
+    prior = reference.WuerstchenPriorPipeline(tokenize, text, c, DDPMWuerstchenScheduler())
+    decoder = reference.WuerstchenDecoderPipeline(tokenize, text_b, b, DDPMWuerstchenScheduler(), a)
+    prior.set_progress_bar_config(disable=True)
+    decoder.set_progress_bar_config(disable=True)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is measured.
+    def generate(prompts):
+        semantic = prior(prompts[0], config.image_size, config.image_size, num_inference_steps=60, guidance_scale=4.0,
+                         num_images_per_prompt=len(prompts)).image_embeddings
+        decoder(semantic, prompts[0], num_inference_steps=12, guidance_scale=0.0, output_type="pt")
+    return generate
 
 
 def train(bench):
-    random = partial(torch.randn, device=bench.device)
-
-    images = torch.rand(32, 128, 128, 3, device=bench.device)
-    a, images_first = VQGAN(A), channels_first(images)
+    a, (ra, rb, rc) = VQGAN(CONFIG), reference_networks(CONFIG) if reference else (None, None, None)
+    images, text = torch.rand(32, 128, 128, 3, device=bench.device), (24, CONFIG.text.width)
+    images_first = images.permute(0, 3, 1, 2).contiguous()  # the reference has channels first
 
     def loss_a():
         reconstruction, _, _, vq_loss = a(images)
-        return F.mse_loss(reconstruction, images) + vq_loss
+        return nn.functional.mse_loss(reconstruction, images) + vq_loss
 
-    if reference:
-        ra = reference_a(A)
+    def reference_loss_a():
+        quantized, vq_loss, _ = ra.vquantizer(ra.encode(images_first).latents)
+        return nn.functional.mse_loss(ra.decode(quantized).sample, images_first) + vq_loss
 
-        def reference_loss_a():
-            quantized, vq_loss, _ = ra.vquantizer(ra.encode(images_first).latents)
-            return F.mse_loss(ra.decode(quantized).sample, images_first) + vq_loss
-
-    bench.compare("Training step of Stage A, 32 pictures of 128 px, no discriminator", 32,
-                  training_step(bench, a, loss_a), training_step(bench, ra, reference_loss_a) if reference else None)
-
-    x, noise, t = random(32, 32, 32, 4), random(32, 32, 32, 4), torch.rand(32, device=bench.device)
-    semantic, text = random(32, 3, 3, 16), random(32, 24, B.text_width)
-    bench.compare("Training step of Stage B, 32 latents of 32x32", 32, *both_steps(
-        bench, StageB(B), reference and reference_b(B), x, noise, t, dict(effnet=semantic, clip=text)))
-
-    x, noise, t = random(256, 3, 3, 16), random(256, 3, 3, 16), torch.rand(256, device=bench.device)
-    bench.compare("Training step of Stage C, 256 semantic latents of 3x3", 256, *both_steps(
-        bench, StageC(C), reference and reference_c(C), x, noise, t, dict(c=random(256, 24, C.text_width))))
-
-
-def both_steps(bench, network, theirs, x, noise, t, conditions):
-    """Works for the training steps of our Stage B or C and of the reference's, None without one. conditions: the
-    network's other inputs by the reference's names, in the order of ours"""
-    ours = training_step(bench, network, lambda: diffusion_loss(noise, network(x, t, *conditions.values()), t))
-    if theirs is None:
-        return ours, None
-    first = [channels_first(y) if y.dim() == 4 else y for y in (x, noise, *conditions.values())]
-    named = dict(zip(conditions, first[2:]))
-    return ours, training_step(bench, theirs, lambda: diffusion_loss(first[1], theirs(first[0], r=t, **named), t))
+    bench.compare("Training step of Stage A, 32 images of 128 px, no discriminator", 32,
+                  training_step(bench, a, loss_a), ra and training_step(bench, ra, reference_loss_a))
+    bench.compare("Training step of Stage B, 32 latents of 32x32", 32,
+                  diffusion_step(bench, StageB(CONFIG), (32, 32, 32, 4), (32, 3, 3, 16), (32, *text)),
+                  rb and diffusion_step(bench, rb, (32, 4, 32, 32), (32, 16, 3, 3), (32, *text)))
+    bench.compare("Training step of Stage C, 256 semantic latents of 3x3", 256,
+                  diffusion_step(bench, StageC(CONFIG), (256, 3, 3, 16), (256, *text)),
+                  rc and diffusion_step(bench, rc, (256, 16, 3, 3), (256, *text)))
 
 
 def generate(bench, config=PRESETS["tiny"], counts=(1, 8), dtype=torch.float32):
-    """Ours beside the two pipelines: the same sizes, steps and guidance, random weights."""
+    """With random weights. counts: images per run; dtype: of the weights"""
     tokenizer = Tokenizer.train([CAPTION] * 2, length=config.text.length)
     with torch.device(bench.device):
-        model = Wuerstchen(config, tokenizer).eval()
-        pipelines = reference_pipelines(config, tokenizer) if reference else ()
-    for network in [model] + [part for pipeline in pipelines for part in pipeline.components.values()]:
-        if isinstance(network, nn.Module):
-            # Half-precision weights: ours keeps vectors exact, as it does with the hub's; theirs is all of one kind.
-            for p in network.parameters():
-                p.data = p.data.to(dtype) if p.dim() > 1 or network is not model else p.data
-            for b in network.buffers():
-                b.data = b.data.to(dtype) if b.is_floating_point() and network is not model else b.data
+        ours = Wuerstchen(config, tokenizer).eval().to(dtype).generate
+        theirs = reference and reference_generate(config, tokenizer, dtype)
 
-    def ours(count, precision):
-        with bench.autocast(precision):
-            model.generate([CAPTION] * count)
-
-    def theirs(count, precision):
-        prior, decoder = pipelines
-        with bench.autocast(precision):
-            semantic = prior(CAPTION, height=config.image_size, width=config.image_size, num_inference_steps=60,
-                             guidance_scale=4.0, num_images_per_prompt=count).image_embeddings
-            decoder(semantic, CAPTION, num_inference_steps=12, guidance_scale=0.0, output_type="pt")
+    def draw(side, count, precision):
+        with torch.autocast(bench.device, torch.bfloat16, enabled=precision == "bfloat16"):
+            side([CAPTION] * count)
 
     for count in counts:
         bench.compare(f"generate, {count} at {config.image_size} px, 60 steps of C with guidance, 12 of B", count,
-                      partial(ours, count), partial(theirs, count) if reference else None)
-
-
-def cache(bench):
-    """Stage C's training step on semantic latents and text that were computed once, as with --freeze-text, and without
-    a cache: the pictures made (those of Shapes, drawn), shrunk and compressed, the captions tokenized and encoded, with
-    the small compressor of "tiny", and with the published one."""
-    count, device = 256, bench.device
-    c, cfg = StageC(C), PRESETS["tiny"].text
-    shapes = Shapes(128)
-    tokenizer = Tokenizer.train(shapes.captions(2000), length=cfg.length)
-    batches = iter(Batches(shapes, count, first=0, steps=sys.maxsize, rank=0, ranks=1))
-    t, noise = torch.rand(count, device=device), torch.randn(count, 3, 3, 16, device=device)
-    semantic, text = torch.randn(4096, 3, 3, 16), torch.randn(4096, cfg.length, cfg.width).half()
-    held = SimpleNamespace()
-    step = training_step(bench, c, lambda: diffusion_loss(noise, c(held.x, t, held.text), t))
-    encoder = TextEncoder(cfg).to(device).eval()
-
-    def from_cache(precision):
-        rows = torch.randint(len(semantic), (count,))
-        held.x, held.text = semantic[rows].to(device), text[rows].to(device).float()
-        step(precision)
-
-    def on_the_fly(compressor, precision):
-        images, captions, _ = next(batches)
-        with torch.no_grad(), bench.autocast(precision):
-            held.x = torch.cat([compressor(shrink(some.to(device) / 255)).float() for some in images.split(64)])
-            held.text = encoder(*(y.to(device) for y in tokenizer(captions))).float()
-        step(precision)
-
-    works = {"from the cache": from_cache}
-    for name, sizes in (("tiny", PRESETS["tiny"].compressor), ("published", CompressorConfig())):
-        compressor = SemanticCompressor(sizes).to(device).eval()
-        works[f"on the fly, compressor {name}"] = partial(on_the_fly, compressor)
-    taken = bench.alternate({(name, precision): partial(work, precision)
-                             for name, work in works.items() for precision in PRECISIONS})
-    best = {name: min((taken[name, precision] for precision in PRECISIONS), key=median) for name in works}
-    print(f"\nTraining Stage C, {count} pictures of 128 px a step")
-    for name, times in best.items():
-        print(f"  {name:32} {count / median(times):7.0f} pictures/s, the cache is "
-              f"{ratio(times, best['from the cache']):.1f} times as fast", flush=True)
+                      partial(draw, ours, count), theirs and partial(draw, theirs, count))
 
 
 def stages(bench):
-    """train.py as a user calls it, a few steps of each stage of the default run."""
-    print("\ntrain.py, preset tiny, batch sizes of its recipe")
+    """A few steps of each stage of the default run, with the batch sizes of its recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        for stage in ("tokenizer", "text", "a", "b", "c"):
-            command = [sys.executable, "train.py", stage, "--run", folder, "--steps", "12", "--log-every", "2",
-                       "--cache", "256", "--device", bench.device]
-            subprocess.run(command, cwd=HERE, check=True, capture_output=True)
+        command = "train.py", "--run", folder, "--device", bench.device, "--steps=12", "--log-every=2", "--cache=256"
+        subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, check=True, capture_output=True)
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    print("\ntrain.py, preset tiny")
     for stage in ("text", "a", "b", "c"):
-        # The first steps warm up, so the speed is that between the first line and the last.
-        first, *_, last = (line for line in lines if line["stage"] == stage and "images_per_s" in line)
-        batch = last["images_per_s"] * last["seconds"] / last["step"]
-        speed = batch * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
-        print(f"  {stage:5} {speed:7.1f} pictures/s", flush=True)
+        # Logged speeds count from step 0. The first steps warm up: count from the first logged one to the last.
+        (first, rate), *_, (last, last_rate) = [(line["step"], line["images_per_s"]) for line in lines
+                                                if line["stage"] == stage and "images_per_s" in line]
+        print(f"  {stage:5} {(last - first) / (last / last_rate - first / rate):7.1f} images/s", flush=True)
 
 
 def v2(bench):
-    """The published sizes, which want a large GPU. The training step of Stage C is compiled as a whole."""
-    c, count = StageC(StageCConfig()), 64
-    x, noise = (torch.randn(count, 24, 24, 16, device="cuda") for _ in range(2))
-    t, text = torch.rand(count, device="cuda"), torch.randn(count, 77, StageCConfig().text_width, device="cuda")
-    plain = training_step(bench, c, lambda: diffusion_loss(noise, c(x, t, text), t))
-    with FlopCounterMode(display=False) as counter:
-        plain("bfloat16")
-    compiled = torch.compile(c)
-    step = training_step(bench, c, lambda: diffusion_loss(noise, compiled(x, t, text), t))
-    most, top = bench.look_inside(lambda: step("bfloat16"))
-    took = median(bench.alternate({"step": lambda: step("bfloat16")})["step"])
-    rate, name = counter.get_total_flops() / took, torch.cuda.get_device_name()
-    peak = next((value for card, value in PEAK.items() if card in name), None)
-    print(f"\nTraining step of Stage C v2, {count} semantic latents of 24x24, bfloat16, compiled, on {name}\n"
-          f"  {took * 1e3:.1f} ms, {count / took:.1f} pictures/s, {rate / 1e12:.0f} TFLOP/s = "
-          f"{rate / bench.rates['bfloat16']:.0%} of matrix products"
-          + (f", {rate / peak:.0%} of the published peak" if peak else "") + f", {most / 2**30:.1f} GB")
-    print("  spends " + ", ".join(f"{share:.0%} {name}" for name, share in top), flush=True)
-    del c, compiled, plain, step
-    generate(bench, PRESETS["v2"], counts=(1, 4), dtype=torch.bfloat16)
+    """The published sizes, which need a large GPU. The training step of Stage C is compiled as a whole."""
+    bench.precisions, config = ["bfloat16"], PRESETS["v2"]
+    bench.compare("Training step of Stage C v2, compiled, 64 semantic latents of 24x24", 64, diffusion_step(
+        bench, torch.compile(StageC(config)), (64, 24, 24, 16), (64, 77, config.text.width)))
+    print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at most, on {torch.cuda.get_device_name()}")
+    generate(bench, config, counts=(1, 4), dtype=torch.bfloat16)
 
 
-PARTS = {"train": train, "generate": generate, "cache": cache, "stages": stages, "v2": v2}
-
-
-def main():
+if __name__ == "__main__":
+    parts = {"train": train, "generate": generate, "stages": stages, "v2": v2}
     parser = argparse.ArgumentParser(description="Times this implementation beside the reference's classes.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="what to measure (default: all that the device can)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns that a median is taken of (default: 9)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--only", nargs="+", choices=parts, help="what to measure (default: all that the device can)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns per median (default: 9)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, for both sides
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for both sides
     torch.manual_seed(0)
     bench = Bench(args.device, args.rounds)
     if reference is None:
         print("diffusers and transformers are not installed: only our side is timed")
-    for name in args.only or [name for name in PARTS if name != "v2" or args.device == "cuda"]:
-        PARTS[name](bench)
-
-
-if __name__ == "__main__":
-    main()
+    chosen = args.only or [name for name in parts if name != "v2" or args.device == "cuda"]
+    for name in sorted(chosen, key=list(parts).index):  # v2 comes last: it changes the precisions
+        parts[name](bench)

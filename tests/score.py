@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sample import make_sheet, pick_device  # noqa: E402
 from train import BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, open_data, parse, read_options  # noqa: E402
-from wuerstchen import CLIP, Wuerstchen, codebook_usage  # noqa: E402
+from wuerstchen import CLIP, Wuerstchen  # noqa: E402
 
 
 def psnr(images, originals):
@@ -43,6 +43,14 @@ def frechet(x, y):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
     return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+
+
+def codebook_usage(codes, codebook_size):
+    """Share of the codebook in use, and its perplexity (1: one code for everything; codebook_size: all equally often).
+    codes: any shape of int64 -> (float in [0, 1], float >= 1)"""
+    share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
+    perplexity = torch.special.entr(share).sum().exp()
+    return (share > 0).float().mean().item(), perplexity.item()
 
 
 def wilson(right, count):

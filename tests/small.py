@@ -1,9 +1,17 @@
-"""A small model with random weights, in which everything has an effect: for tests of drawing that need no training."""
+"""What several tests need: a small model with random weights, in which everything has an effect; odd image files; the
+last words of a script."""
+import contextlib
 import copy
+import io
 import json
+import runpy
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tokenizer import Tokenizer
 from train import Shapes
@@ -54,3 +62,43 @@ def make_run(folder, model):
     (folder / "options.json").write_text(json.dumps(dict(preset="tiny", data="shapes", image_size=64, seed=0,
                                                          data_dir=None, flip=False)))
     return folder
+
+
+RED, BLUE = (200, 40, 30), (30, 60, 200)
+
+
+def odd_images(folder):
+    """Image files of every kind that people have. -> {name: colour in the middle, as a viewer shows it}"""
+    red, blue, white, grey = Image.new("RGB", (40, 40), RED), Image.new("RGB", (40, 40), BLUE), (255,) * 3, (90,) * 3
+    palette, exif, lying = red.quantize(4), Image.Exif(), Image.new("RGB", (80, 40), BLUE)
+    lying.paste(RED, (0, 0, 40, 40))  # on top once it is turned
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    wide = Image.new("RGB", (120, 40), BLUE)
+    wide.paste(RED, (40, 0, 80, 40))
+    images = {
+        "plain.png": (red, RED), "photo.JPG": (red.resize((800, 600)), RED), "cmyk.jpg": (red.convert("CMYK"), RED),
+        "web.webp": (red, RED), "palette.png": (palette, RED), "wide.png": (wide, RED), "lying.png": (lying, None),
+        "opaque.png": (Image.new("RGBA", (40, 40), (*RED, 255)), RED),
+        "clear.png": (Image.new("RGBA", (40, 40)), white), "clear_palette.png": (palette, white),
+        "glass.png": (Image.new("RGBA", (40, 40), (*RED, 51)), (244, 212, 210)),  # a fifth red, the rest white
+        "grey.png": (Image.new("L", (40, 40), 90), grey),
+        "grey_alpha.png": (Image.new("LA", (40, 40), (90, 255)), grey),
+        "grey16.png": (Image.fromarray(np.full((40, 40), 90 * 257, np.uint16)), grey),
+        "one_bit.png": (Image.new("1", (40, 40), 1), white), "frames.gif": (red, RED)}
+    options = {"photo.JPG": dict(quality=95), "cmyk.jpg": dict(quality=95), "web.webp": dict(lossless=True),
+               "clear_palette.png": dict(transparency=palette.getpixel((20, 20))), "lying.png": dict(exif=exif),
+               "frames.gif": dict(save_all=True, append_images=[blue])}
+    for name, (image, _) in images.items():
+        image.save(folder / name, **options.get(name, {}))
+    return {name: colour for name, (_, colour) in images.items()}
+
+
+def last_words(script, *arguments):
+    """What `python script arguments`, run in this process, ends with: one line; a traceback is an error."""
+    output = io.StringIO()
+    with (contextlib.redirect_stderr(output), mock.patch("sys.argv", [script, *map(str, arguments)]),
+          pytest.raises(SystemExit) as stopped):
+        runpy.run_path(str(Path(__file__).parent.parent / script), run_name="__main__")
+    message = stopped.value.code if isinstance(stopped.value.code, str) else output.getvalue().splitlines()[-1]
+    assert message.count("\n") == 0
+    return message
