@@ -516,13 +516,13 @@ class Objective(nn.Module):
         return self.loss_fn(self.network, batch, step)
 
 
-def fit(run, stage, network, batches, loss_fn, preview=lambda average, step: None, lr_scale=lambda name: 1, muon=True):
+def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda name: 1, muon=True):
     """Trains a network and returns its moving average. A checkpoint is written every --save-every steps and on Ctrl-C;
     the next call goes on from it.
 
     batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
-    and a dictionary of numbers to log (a "loss" among them is logged in its place); preview(average, step) saves
-    images; lr_scale and muon: see `make_optimizers`."""
+    and a dictionary of numbers to log (a "loss" among them is logged in its place);
+    preview(average, images, captions) -> rows of images for a sheet; lr_scale and muon: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
@@ -585,8 +585,10 @@ def fit(run, stage, network, batches, loss_fn, preview=lambda average, step: Non
             speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
-        if run.rank == 0 and (step % args.save_every == 0 or done):
-            preview(average.module, step)
+        if run.rank == 0 and preview and (step % args.save_every == 0 or done):
+            images, captions = run.examples(run.test_data)
+            sheet = make_sheet([images, *preview(average.module, images, captions)], captions)
+            sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
         if run.rank == 0 and (step % args.save_every == 0 or stopped):
             save_atomically(path, dict(step=step, random=torch.get_rng_state(),
                                        **{name: part.state_dict() for name, part in checkpointed.items()}))
@@ -609,6 +611,7 @@ class Run:
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
+        (self.folder / "sheets").mkdir(exist_ok=True)
         self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
 
     def recipe(self, stage):
@@ -679,10 +682,6 @@ class Run:
                 yield {key: torch.from_numpy(x[rows]).to(self.device) for key, x in arrays.items()}
         return batches
 
-    def save_sheet(self, stage, step, rows, captions):
-        (self.folder / "sheets").mkdir(exist_ok=True)
-        make_sheet(rows, captions).save(self.folder / "sheets" / f"{stage}_{step:06d}.png")
-
 
 def train_tokenizer(args, config):
     """Byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice."""
@@ -728,12 +727,9 @@ def train_a(run):
         moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle)
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
-    def preview(network, step):
-        images, captions = run.examples(run.test_data)
-        run.save_sheet("a", step, [images, network["a"](images)[0]], captions)
-
     # A code has a gradient only when it is chosen, and must keep up with moving latents: it learns faster.
-    average = fit(run, "a", network.to(run.device), run.batches, loss_fn, preview,
+    average = fit(run, "a", network.to(run.device), run.batches, loss_fn,
+                  preview=lambda average, images, captions: [average["a"](images)[0]],
                   lr_scale=lambda name: 5 if name.endswith("codebook") else 1, muon=False)
     run.model.a = average["a"]
     set_scale(run)
@@ -791,10 +787,9 @@ def train_b(run):
         return stage_b_loss(network["b"], network["compressor"], model.a.scale, batch["small"] / 255,
                             batch["latents"].float(), batch["text"].float(), null_text), {}
 
-    def preview(average, step):
+    def preview(average, images, captions):
         model.compressor, model.b = average["compressor"], average["b"]
-        images, captions = run.examples(run.test_data)
-        run.save_sheet("b", step, [images, *model.reconstruct(images, captions, seed=0)], captions)
+        return model.reconstruct(images, captions, seed=0)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
     average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview,
@@ -843,10 +838,9 @@ def train_c(run):
         for name, part in average.items():
             setattr(model, name, part)
 
-    def preview(average, step):
+    def preview(average, images, captions):
         use(average)
-        images, captions = run.examples(run.test_data)
-        run.save_sheet("c", step, [images, model.generate(captions, guidance=(2.0, 1.0), seed=0)], captions)
+        return [model.generate(captions, guidance=(2.0, 1.0), seed=0)]
 
     use(fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,
             lr_scale=lambda name: 0.1 if name.startswith("text") else 1))  # faster, it forgets what it knows

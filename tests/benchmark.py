@@ -75,11 +75,10 @@ class Bench:
     def compare(self, what, images, ours, theirs=None):
         """Times two works and prints the result. A work is a function: work(precision), "float32" or "bfloat16".
         what: headline; images: how many one run handles; theirs: None without a reference"""
-        works = {"ours": ours} | ({"reference": theirs} if theirs else {})
+        works, best = {"ours": ours} | ({"reference": theirs} if theirs else {}), {}
         taken = self.alternate({(side, precision): partial(work, precision)
                                 for side, work in works.items() for precision in self.precisions})
         print(f"\n{what}")
-        best = {}
         for side, work in works.items():
             precision = min(self.precisions, key=lambda name: taken[side, name].median())
             best[side] = taken[side, precision]
@@ -132,13 +131,12 @@ def reference_generate(config, tokenizer, dtype):
     """-> the reference's `Wuerstchen.generate`, for copies of one caption. dtype: of the weights"""
     def tokenize(texts, **options):
         return BatchEncoding(dict(zip(("input_ids", "attention_mask"), tokenizer(texts))))
-
     tokenize.model_max_length = tokenizer.length
     networks = *reference_networks(config), *(CLIPTextModel(CLIPTextConfig(
-        hidden_size=cfg.width, hidden_act="gelu", vocab_size=cfg.vocab_size, max_position_embeddings=cfg.length,
+        vocab_size=cfg.vocab_size, max_position_embeddings=cfg.length, hidden_size=cfg.width, hidden_act="gelu",
         num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
         intermediate_size=cfg.mlp_width)) for cfg in (config.text, config.text_b))
-    a, b, c, text, text_b = (network.eval().to(dtype) for network in networks)
+    a, b, c, text, text_b = (nn.Module.to(network.eval(), dtype) for network in networks)  # diffusers' own `to` warns
     prior = reference.WuerstchenPriorPipeline(tokenize, text, c, DDPMWuerstchenScheduler())
     decoder = reference.WuerstchenDecoderPipeline(tokenize, text_b, b, DDPMWuerstchenScheduler(), a)
     prior.set_progress_bar_config(disable=True)
@@ -152,6 +150,7 @@ def reference_generate(config, tokenizer, dtype):
 
 
 def train(bench):
+    """A training step of each stage in the sizes of CONFIG, on random images and latents."""
     a, (ra, rb, rc) = VQGAN(CONFIG), reference_networks(CONFIG) if reference else (None, None, None)
     images, text = torch.rand(32, 128, 128, 3, device=bench.device), (24, CONFIG.text.width)
     images_first = images.permute(0, 3, 1, 2).contiguous()  # the reference has channels first
@@ -175,7 +174,7 @@ def train(bench):
 
 
 def generate(bench, config=PRESETS["tiny"], counts=(1, 8), dtype=torch.float32):
-    """With random weights. counts: images per run; dtype: of the weights"""
+    """Images of one caption, with random weights. counts: images per run; dtype: of the weights"""
     tokenizer = Tokenizer.train([CAPTION] * 2, length=config.text.length)
     with torch.device(bench.device):
         ours = Wuerstchen(config, tokenizer).eval().to(dtype).generate
@@ -206,9 +205,10 @@ def stages(bench):
 
 def v2(bench):
     """The published sizes, which need a large GPU. The training step of Stage C is compiled as a whole."""
-    bench.precisions, config = ["bfloat16"], PRESETS["v2"]
-    bench.compare("Training step of Stage C v2, compiled, 64 semantic latents of 24x24", 64, diffusion_step(
-        bench, torch.compile(StageC(config)), (64, 24, 24, 16), (64, 77, config.text.width)))
+    bench.precisions, config, c = ["bfloat16"], PRESETS["v2"], StageC(PRESETS["v2"])
+    c.compile()
+    bench.compare("Training step of Stage C v2, compiled, 64 semantic latents of 24x24", 64,
+                  diffusion_step(bench, c, (64, 24, 24, 16), (64, 77, config.text.width)))
     print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at most, on {torch.cuda.get_device_name()}")
     generate(bench, config, counts=(1, 4), dtype=torch.bfloat16)
 

@@ -145,15 +145,16 @@ def test_kept_latents_are_put_back_at_the_level_of_each_step(sampler):
 
 
 @pytest.mark.parametrize("options", [{}, OTHER])
-def test_film_ends_in_the_image_that_generate_draws(model, options):
-    options = dict(steps=(5, 4), size=(64, 96)) | options
+def test_film_ends_in_the_image_that_generate_draws(model, monkeypatch, options):
+    options, calls, seen = dict(steps=(5, 4), size=(64, 96)) | options, spy(monkeypatch, model, "from_semantic"), []
     film = script.film(model, PROMPTS[:2], [3, 4], **options)
     assert len(film) == 5 + 1 and all(frame.shape == (2, 64, 96, 3) for frame in film)
-    drawn, other = (model.generate(PROMPTS[:2], seed=seeds, **options) for seeds in ([3, 4], [5, 6]))
+    drawn = model.generate(PROMPTS[:2], seed=[3, 4], after_step=lambda x, x0, t: seen.append(x0) or x, **options)
     assert torch.equal(film[-1], drawn)
-    # Drawn from the same noise, the last estimate is all but the image.
-    assert (film[-2] - drawn).abs().mean() < 0.2 * (other - drawn).abs().mean()
-    assert (film[0] - drawn).abs().mean() > 3 * (film[-2] - drawn).abs().mean()
+    for (args, *_), x0 in zip(calls[:5], seen):
+        torch.testing.assert_close(args[0], x0 * model.c.latent_std + model.c.latent_mean)
+    other = model.generate(PROMPTS[:2], seed=[5, 6], **options)
+    assert (film[-2] - drawn).abs().mean() < 0.2 * (other - drawn).abs().mean()  # the last estimate, the same noise
 
 
 @pytest.mark.parametrize("side, rows", [(64, 2), (640, 1)])  # large images are drawn one after the other
@@ -186,11 +187,11 @@ def test_the_script_draws_each_way(run, model):
     assert (film := Image.open(run / "film.gif")).n_frames == 5 and film.info["loop"] == 0
     rebuilt = draw(run, "--reconstruct", a, b)
     assert (rebuilt[4:68, 4:68] == np.array(Image.open(a))).all()
-    told = draw(run, prompt, "--reconstruct", a)[140:204, 4:68]
-    assert abs(told - draw(run, prompt, "--vary", a, "--count", 1)).max() <= 1 < abs(told - rebuilt[140:204, 4:68]).max()
+    told, untold = draw(run, prompt, "--reconstruct", a)[140:204, 4:68], rebuilt[140:204, 4:68]
+    assert abs(told - draw(run, prompt, "--vary", a, "--count", 1)).max() <= 1 < abs(told - untold).max()
     for command, count in ((["--vary", a], 4), (["--mix", a, b], 7), (["--mix", a, b, "--count", 3], 3)):
         drawn = draw(run, *command)
-        assert drawn.shape == (72, count * 68 + 4, 3) and abs(drawn[4:68, 4:68] - rebuilt[140:204, 4:68]).max() <= 1
+        assert drawn.shape == (72, count * 68 + 4, 3) and abs(drawn[4:68, 4:68] - untold).max() <= 1
 
 
 def test_what_is_too_long_is_said(run, capsys):
