@@ -51,7 +51,7 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)) / 255
 
 
-def to_picture(image):
+def to_pil(image):
     """(H, W, 3) in [0, 1] -> PIL image"""
     return Image.fromarray((image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
@@ -65,7 +65,7 @@ def make_sheet(rows, captions=(), gap=4):
     sheet = Image.new("RGB", (count * (width + gap) + gap, len(rows) * (height + gap) + gap + text_height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            sheet.paste(to_picture(image), (gap + x * (width + gap), gap + y * (height + gap)))
+            sheet.paste(to_pil(image), (gap + x * (width + gap), gap + y * (height + gap)))
     for x, caption in enumerate(lines):
         ImageDraw.Draw(sheet).multiline_text((gap + x * (width + gap), len(rows) * (height + gap) + gap),
                                              "\n".join(caption), "black", spacing=0)
@@ -84,7 +84,7 @@ def pick_device(name):
 # `model.config.stride`; prompts: list of B; seed as in `Wuerstchen.generate`; all return images like those given.
 
 
-def latent_size(images):
+def latent_size_of(images):
     """The size (h, w) of Stage A's latents."""
     return [side // 4 for side in images.shape[1:3]]
 
@@ -92,7 +92,7 @@ def latent_size(images):
 @torch.no_grad()
 def vary(model, images, prompts, seed=None, **options):
     """Images with the same semantic latents: Stage B draws them from other noise. options: of `from_semantic`"""
-    return model.from_semantic(model.compress(images), prompts, latent_size(images),
+    return model.from_semantic(model.compress(images), prompts, latent_size_of(images),
                                generator=generators(seed, len(images)), **options)
 
 
@@ -102,7 +102,7 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
     images (2, H, W, 3), seed: int -> (count, H, W, 3); the ends are what `vary` makes of the two"""
     first, last = model.compress(images)
     between = torch.lerp(first, last, torch.linspace(0, 1, count, device=model.device).view(-1, 1, 1, 1))
-    return model.from_semantic(between, [prompt] * count, latent_size(images),
+    return model.from_semantic(between, [prompt] * count, latent_size_of(images),
                                generator=generators([seed] * count, count), **options)
 
 
@@ -121,7 +121,7 @@ def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), gu
     if strength < 1:
         x = add_noise(model.c.normalise(semantic), x, times[:1])
     semantic = model.sample_c(x, times, prompts, negative, guidance[0], generator=generator, sampler=sampler)
-    return model.from_semantic(semantic, prompts, latent_size(images), negative, steps[1], guidance[1], generator,
+    return model.from_semantic(semantic, prompts, latent_size_of(images), negative, steps[1], guidance[1], generator,
                                sampler=sampler)
 
 
@@ -155,19 +155,20 @@ def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance
     """How images appear: Stage C's estimate of x0 at each of its steps, drawn by Stage B in 4 steps with the noise of
     the final image. seeds: list of B ints, size (height, width)
     -> list of images (B, H, W, 3), the last one as `generate` draws it"""
-    cells, latents = model.config.grid(*(size or [model.config.image_size] * 2))
+    semantic_size, latent_size = model.config.grid(*(size or [model.config.image_size] * 2))
     generator, estimates = generators(seeds, len(prompts)), []
 
     def remember(x, x0, t_next):
         estimates.append(model.c.denormalise(x0))
         return x
 
-    x = normal_noise((len(prompts), *cells, model.config.semantic_channels), generator, model.device)
+    x = normal_noise((len(prompts), *semantic_size, model.config.semantic_channels), generator, model.device)
     semantic = model.sample_c(x, timesteps(steps[0], model.device), prompts, negative, guidance[0], generator=generator,
                               sampler=sampler, after_step=remember)
     frames = [(x0, 4) for x0 in estimates] + [(semantic, steps[1])]
-    return [model.from_semantic(x0, prompts, latents, negative, n, guidance[1], [g.clone_state() for g in generator],
-                                sampler=sampler) for x0, n in tqdm(frames, "film", unit="frame")]
+    return [model.from_semantic(x0, prompts, latent_size, negative, n, guidance[1],
+                                [one.clone_state() for one in generator], sampler=sampler)
+            for x0, n in tqdm(frames, "film", unit="frame")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def draw(model, args):
 def to_sheet(images, args):
     """One image alone; else a row per prompt, or one row of prompts with their text -> PIL image"""
     if len(images) == 1:
-        return to_picture(images[0])
+        return to_pil(images[0])
     return make_sheet(images.split(args.count)) if args.count > 1 else make_sheet([images], args.prompts)
 
 

@@ -241,25 +241,25 @@ CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels 
 }
 
 
-def download(data, place):
+def download(data, data_dir):
     """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it."""
     folder, archive, sha256, *_ = CIFAR[data]
-    if not (Path(place) / folder).exists():
-        Path(place).mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(CIFAR_URL + archive, Path(place) / archive, hash_prefix=sha256)
-        shutil.unpack_archive(Path(place) / archive, place, filter="data")
+    if not (Path(data_dir) / folder).exists():
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(CIFAR_URL + archive, Path(data_dir) / archive, hash_prefix=sha256)
+        shutil.unpack_archive(Path(data_dir) / archive, data_dir, filter="data")
 
 
-def cifar(place, split, data):
-    """CIFAR-10 or CIFAR-100, binary version: place holds cifar-10-batches-bin/ or cifar-100-binary/. A record is its
+def list_cifar(data_dir, split, data):
+    """CIFAR-10 or CIFAR-100, binary version: data_dir holds cifar-10-batches-bin/ or cifar-100-binary/. A record is its
     labels, then 32x32 red, green and blue values. -> [(array (32, 32, 3), captions)]"""
     folder, _, _, skip, names = CIFAR[data]
-    files = sorted((Path(place) / folder).glob("*train*.bin" if data == "cifar100" else "data_batch_*.bin")
-                   if split == "train" else (Path(place) / folder).glob("test*.bin"))
+    files = sorted((Path(data_dir) / folder).glob("*train*.bin" if data == "cifar100" else "data_batch_*.bin")
+                   if split == "train" else (Path(data_dir) / folder).glob("test*.bin"))
     if not files:
-        raise FileNotFoundError(f"no {data} in {place}: --download fetches it")
+        raise FileNotFoundError(f"no {data} in {data_dir}: --download fetches it")
     captions = []
-    for name in (Path(place) / folder / names).read_text().replace("_", " ").splitlines():
+    for name in (Path(data_dir) / folder / names).read_text().replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
         captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
     records = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, skip + 3072) for file in files])
@@ -272,14 +272,14 @@ def in_split(names, split):
     return [name for name in names if (name == names[0] or reserved(name)) == (split == "test")]
 
 
-def coco(place, split):
+def list_coco(data_dir, split):
     """MS COCO: annotations/captions_*.json and the folders of images, train2017/ and so on, or a part of them. Files
     of a validation split (captions_val*.json) are for testing, if there are any. -> [(path, captions)]"""
-    files = sorted(Path(place).glob("annotations/captions_*.json"))
+    files = sorted(Path(data_dir).glob("annotations/captions_*.json"))
     own = {"test": [file for file in files if "val" in file.name], "train": [f for f in files if "val" not in f.name]}
     captions = {}
     for file in own[split] if all(own.values()) else files:
-        folder, listed = Path(place) / file.stem.removeprefix("captions_"), read_json(file)
+        folder, listed = Path(data_dir) / file.stem.removeprefix("captions_"), read_json(file)
         there = set(os.listdir(folder)) if folder.is_dir() else ()
         paths = {image["id"]: str(folder / image["file_name"]) for image in listed["images"]
                  if image["file_name"] in there}
@@ -287,18 +287,18 @@ def coco(place, split):
             if note["image_id"] in paths:
                 captions.setdefault(paths[note["image_id"]], []).append(" ".join(note["caption"].split()))
     if not captions:
-        raise FileNotFoundError(f"no annotations/captions_*.json in {place} whose images are there")
+        raise FileNotFoundError(f"no annotations/captions_*.json in {data_dir} whose images are there")
     return [(path, captions[path]) for path in (sorted(captions) if all(own.values()) else in_split(captions, split))]
 
 
-def folder(place, split):
+def list_folder(data_dir, split):
     """Images in a folder and its sub-folders, each with its captions, one per line, in a .txt file of the same name.
     -> [(path, captions)]"""
-    names = [str(path.relative_to(place)) for path in Path(place).rglob("*") if path.suffix.lower() in SUFFIXES]
+    names = [str(path.relative_to(data_dir)) for path in Path(data_dir).rglob("*") if path.suffix.lower() in SUFFIXES]
     if not names:
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {place}")
+        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {data_dir}")
     found = []
-    for path in (Path(place) / name for name in in_split(names, split)):
+    for path in (Path(data_dir) / name for name in in_split(names, split)):
         text = path.with_suffix(".txt")
         lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
         found.append((str(path), [line.strip() for line in lines if line.strip()]))
@@ -348,8 +348,8 @@ def open_data(args, split="train"):
         return Shapes(args.image_size, args.seed, split)
     if args.data_dir is None:
         raise ValueError(f"--data {args.data} needs --data-dir")
-    items = (cifar(args.data_dir, split, args.data) if args.data in CIFAR
-             else (coco if args.data == "coco" else folder)(args.data_dir, split))
+    items = (list_cifar(args.data_dir, split, args.data) if args.data in CIFAR
+             else (list_coco if args.data == "coco" else list_folder)(args.data_dir, split))
     return Images(items, args.image_size, args.seed, flip=args.flip and split == "train")
 
 
@@ -685,8 +685,8 @@ class Run:
 
 def train_tokenizer(args, config):
     """Byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice."""
-    merges = config.text.vocab_size - 514  # beside bytes, bytes that end a word, start and end token
-    tokenizer = Tokenizer.train(open_data(args).captions(), merges, config.text.length)
+    merges = config.text_c.vocab_size - 514  # beside bytes, bytes that end a word, start and end token
+    tokenizer = Tokenizer.train(open_data(args).captions(), merges, config.text_c.length)
     print(f"tokenizer: {len(tokenizer)} tokens")
     return tokenizer
 
@@ -811,27 +811,27 @@ def train_c(run):
     that with a frozen one, fewer images come out right. --freeze-text leaves it alone, as in the paper."""
     model, frozen = run.model, run.args.freeze_text
     if not run.pretrained:
-        model.text = copy.deepcopy(model.text_b)
+        model.text_c = copy.deepcopy(model.text_b)
 
     def compute(images, captions):
         ids, mask = run.tokens(captions, "c")
-        text = dict(text=model.text(ids, mask).half()) if frozen else dict(ids=ids, mask=mask)
+        text = dict(text=model.text_c(ids, mask).half()) if frozen else dict(ids=ids, mask=mask)
         return dict(semantic=model.compress(images)) | text
 
     arrays = run.cached("semantic", ("text.pt", "b.pt"), compute)
     # Measured for pretrained weights too: they differ with the size of the images. clip: a channel may be constant.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
-    network = nn.ModuleDict(dict(c=model.c) if frozen else dict(text=model.text, c=model.c))
+    network = nn.ModuleDict(dict(c=model.c) if frozen else dict(text_c=model.text_c, c=model.c))
     null_tokens = run.tokens([""], "c")
     with torch.no_grad():
-        null_text = model.text(*null_tokens) if frozen else None
+        null_text = model.text_c(*null_tokens) if frozen else None
 
     def loss_fn(network, batch, step):
         c, semantic = network["c"], batch["semantic"]
         if frozen:
             return stage_c_loss(c, semantic, batch["text"].float(), null_text), {}
-        encoder = network["text"]
+        encoder = network["text_c"]
         return stage_c_loss(c, semantic, encoder(batch["ids"], batch["mask"]), encoder(*null_tokens)), {}
 
     def use(average):
@@ -918,9 +918,9 @@ def begin(args):
             shutil.copy(clip, args.run)
     else:
         config = copy.deepcopy(PRESETS[args.preset])
-        config.text_b, config.image_size = config.text, args.image_size  # one text encoder's sizes for both stages
+        config.text_b, config.image_size = config.text_c, args.image_size  # one text encoder's sizes for both stages
         tokenizer = train_tokenizer(args, config)
-        config.text.vocab_size = len(tokenizer)
+        config.text_c.vocab_size = len(tokenizer)
         with torch.device("meta"):  # no weights yet: only the sizes and the tokenizer are saved
             Wuerstchen(config, tokenizer).save(args.run, stages=())
 

@@ -92,7 +92,7 @@ class StageBConfig:
     channels: tuple = (320, 640, 1280, 1280)  # of each level
     blocks: tuple = (4, 4, 14, 4)  # on the way down, and mirrored on the way up
     heads: tuple = (0, 10, 20, 20)  # 0: a level without attention
-    semantic: tuple = (False, True, True, True)  # levels whose ResBlocks see the semantic latents
+    sees_semantic: tuple = (False, True, True, True)  # levels whose ResBlocks see the semantic latents
     cond_width: int = 1024  # width that text and semantic latents are mapped to
     patch: int = 2
     dropout: float = 0.1
@@ -114,7 +114,7 @@ class Config:
     semantic_channels: int = 16  # of the semantic latents: what the compressor gives, B reads and C draws
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
-    text: TextConfig = field(default_factory=TextConfig)  # for Stage C
+    text_c: TextConfig = field(default_factory=TextConfig)  # for Stage C
     text_b: TextConfig = field(default_factory=TextConfig)  # for Stage B
     a: VQGANConfig = field(default_factory=VQGANConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
@@ -142,7 +142,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        parts = dict(text=TextConfig, text_b=TextConfig, a=VQGANConfig, compressor=CompressorConfig,
+        parts = dict(text_c=TextConfig, text_b=TextConfig, a=VQGANConfig, compressor=CompressorConfig,
                      b=StageBConfig, c=StageCConfig)
         return cls(**{k: parts[k](**v) if k in parts else v for k, v in d.items()})
 
@@ -151,31 +151,31 @@ PRESETS = {
     # Trains on two CPU cores in minutes.
     "tiny": Config(
         image_size=128,
-        text=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
+        text_c=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         text_b=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         a=VQGANConfig(channels=(32, 64), blocks=2, codebook_size=256, disc_depth=4, disc_width=128),
         compressor=CompressorConfig(stem=16, stages=(("fused", 1, 1, 16, 1), ("fused", 4, 2, 24, 1),
                                                      ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
                                                      ("mbconv", 4, 1, 80, 1), ("mbconv", 4, 2, 128, 1)),
                                     features=256, stochastic_depth=0.0),
-        b=StageBConfig(channels=(64, 128, 128), blocks=(1, 2, 2), heads=(0, 4, 4), semantic=(True, True, True),
+        b=StageBConfig(channels=(64, 128, 128), blocks=(1, 2, 2), heads=(0, 4, 4), sees_semantic=(True, True, True),
                        cond_width=128, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, dropout=0.0),
     ),
     # One consumer GPU, 32 to 256 px: CIFAR, COCO subsets.
     "small": Config(
         image_size=256,
-        text=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
+        text_c=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
         text_b=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
         a=VQGANConfig(channels=(96, 192), blocks=6, codebook_size=4096, disc_depth=5, disc_width=256),
         compressor=CompressorConfig(),
-        b=StageBConfig(channels=(128, 256, 512), blocks=(2, 4, 6), heads=(0, 8, 16), semantic=(False, True, True),
+        b=StageBConfig(channels=(128, 256, 512), blocks=(2, 4, 6), heads=(0, 8, 16), sees_semantic=(False, True, True),
                        cond_width=256),
         c=StageCConfig(width=768, depth=16, heads=12),
     ),
     # The published model.
     "v2": Config(
-        text=TextConfig(width=1280, depth=32, heads=20, mlp_width=5120),  # ViT-bigG/14; B's is the default, ViT-H/14
+        text_c=TextConfig(width=1280, depth=32, heads=20, mlp_width=5120),  # ViT-bigG/14; B's is the default, ViT-H/14
     ),
 }
 
@@ -298,7 +298,7 @@ class AttnBlock(nn.Module):
         self.kv = nn.Linear(cond_width, channels)
         self.attention = Attention(channels, heads)
 
-    def text_kv(self, text):
+    def keys_values(self, text):
         """The text's keys and values. They depend neither on the noisy input nor on the time, so they are computed
         once per image. text (B, L, cond_width) -> keys, values, each (B, L, C)"""
         text = self.kv(F.silu(text))
@@ -335,19 +335,19 @@ class BlockSequence(nn.ModuleList):
             Block(channels, heads, cond_width, time_width, dropout,
                   extra_channels=semantic_channels + (skip_channels if i == 0 else 0)) for i in range(count))
 
-    def text_kv(self, text):
+    def keys_values(self, text):
         """text (B, L, cond_width) -> per Block, the text's keys and values; None for a Block without attention"""
-        return [None if block.attn is None else block.attn.text_kv(text) for block in self]
+        return [None if block.attn is None else block.attn.keys_values(text) for block in self]
 
     def forward(self, x, time, text_kv, skip=None, semantic=None):
-        """x (B, H, W, C), time (B, time_width), text_kv: from `text_kv`, skip and semantic (B, H, W, ...)
+        """x (B, H, W, C), time (B, time_width), text_kv: from `keys_values`, skip and semantic (B, H, W, ...)
         -> (B, H, W, C)"""
         for block, kv in zip(self, text_kv):
             x = block(x, time, kv, skip, semantic)
             skip = None
         return x
 
-    def init_weights(self, total):
+    def scale_branches(self, total):
         """Small steps at first: each ResBlock's last Linear is scaled by √(1/total), and a TimestepBlock changes
         nothing."""
         for block in self:
@@ -713,7 +713,7 @@ class StageB(nn.Module):
 
         def level(i, skip_channels=0):
             return BlockSequence(cfg.blocks[i], c[i], cfg.heads[i], cfg.cond_width, config.time_width, cfg.dropout,
-                                 cfg.cond_width if cfg.semantic[i] else 0, skip_channels)
+                                 cfg.cond_width if cfg.sees_semantic[i] else 0, skip_channels)
 
         self.text_mapper = nn.Linear(config.text_b.width, cfg.cond_width)
         self.text_norm = layer_norm(cfg.cond_width)
@@ -728,7 +728,7 @@ class StageB(nn.Module):
             nn.Sequential(layer_norm(c[i]), ConvUp(c[i], c[i - 1], 2, stride=2)) for i in up[:-1])
         # One per level and direction; None for a level that does not see the semantic latents.
         self.semantic_mappers = nn.ModuleList(
-            nn.Linear(config.semantic_channels, cfg.cond_width) if cfg.semantic[i] else None for i in (*down, *up))
+            nn.Linear(config.semantic_channels, cfg.cond_width) if cfg.sees_semantic[i] else None for i in (*down, *up))
         self.out_norm = layer_norm(c[0])
         self.out = nn.Linear(c[0], 2 * config.latent_channels * cfg.patch**2)
 
@@ -737,7 +737,7 @@ class StageB(nn.Module):
         nn.init.xavier_uniform_(self.embed.weight, gain=0.02)
         nn.init.zeros_(self.out.weight)
         for blocks in (*self.down, *self.up):
-            blocks.init_weights(total=sum(cfg.blocks))
+            blocks.scale_branches(total=sum(cfg.blocks))
         for mapper in filter(None, self.semantic_mappers):
             # The authors: N(0, 0.02). That is too quiet for a short run: B would not notice the semantic latents for
             # thousands of steps.
@@ -759,7 +759,7 @@ class StageB(nn.Module):
             h, w = (n // self.cfg.patch // 2**level for n in size)
             # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
             mapped = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
-            conditions.append((mapped, blocks.text_kv(text)))
+            conditions.append((mapped, blocks.keys_values(text)))
         return conditions
 
     def predict_eps(self, x, t, conditions):
@@ -799,7 +799,7 @@ class StageC(nn.Module):
         # Semantic latents are normalised by these, which training measures, before Stage C sees them.
         self.register_buffer("latent_mean", torch.zeros(config.semantic_channels))
         self.register_buffer("latent_std", torch.ones(config.semantic_channels))
-        self.text_mapper = nn.Sequential(nn.Linear(config.text.width, cfg.width), nn.LeakyReLU(0.2),
+        self.text_mapper = nn.Sequential(nn.Linear(config.text_c.width, cfg.width), nn.LeakyReLU(0.2),
                                          nn.Linear(cfg.width, cfg.width))
         self.embed = nn.Linear(config.semantic_channels, cfg.width)
         self.blocks = BlockSequence(cfg.depth, cfg.width, cfg.heads, cfg.width, config.time_width, cfg.dropout)
@@ -808,7 +808,7 @@ class StageC(nn.Module):
 
         self.apply(init_weights)
         nn.init.zeros_(self.out.weight)
-        self.blocks.init_weights(total=cfg.depth)
+        self.blocks.scale_branches(total=cfg.depth)
 
     def normalise(self, semantic):
         """Semantic latents as the compressor gives them -> as Stage C diffuses them. (B, h, w, 16)"""
@@ -826,7 +826,7 @@ class StageC(nn.Module):
     def encode_conditions(self, text):
         """The text's keys and values in each Block, computed once per image. text (B, L, text width)
         -> a list for `predict_eps`"""
-        return self.blocks.text_kv(self.text_mapper(text))
+        return self.blocks.keys_values(self.text_mapper(text))
 
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
@@ -956,7 +956,7 @@ STAGES = {  # the file in a run folder: the networks in it
     "text": ("text_b", "compressor"),  # CLIP's text encoder, and its image encoder: where B's compressor starts
     "a": ("a",),
     "b": ("compressor", "b"),
-    "c": ("text", "c"),  # Stage C trains its own copy of the text encoder
+    "c": ("text_c", "c"),  # Stage C trains its own copy of the text encoder
 }
 
 
@@ -974,7 +974,7 @@ class Wuerstchen(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.tokenizer_b = tokenizer_b or tokenizer
-        self.text = TextEncoder(config.text)
+        self.text_c = TextEncoder(config.text_c)
         self.text_b = TextEncoder(config.text_b)
         self.a = VQGAN(config)
         self.compressor = SemanticCompressor(config)
@@ -987,7 +987,7 @@ class Wuerstchen(nn.Module):
 
     def encode_text(self, prompts, stage):
         """prompts: list of B strings; stage "b" or "c": whose text encoder -> (B, L, width)"""
-        encoder, tokenizer = (self.text_b, self.tokenizer_b) if stage == "b" else (self.text, self.tokenizer)
+        encoder, tokenizer = (self.text_b, self.tokenizer_b) if stage == "b" else (self.text_c, self.tokenizer)
         ids, mask = tokenizer(prompts)
         return encoder(ids.to(self.device), mask.to(self.device))
 
@@ -1022,11 +1022,11 @@ class Wuerstchen(nn.Module):
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale
 
     @torch.no_grad()
-    def from_semantic(self, semantic, prompts, size=None, negative="", steps=12, guidance=1.0, generator=None,
+    def from_semantic(self, semantic, prompts, latent_size=None, negative="", steps=12, guidance=1.0, generator=None,
                       **options):
-        """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, size (h, w) of Stage A's latents (None: as
-        trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
-        shape = len(prompts), *(size or [self.config.image_size // 4] * 2), self.config.latent_channels
+        """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, latent_size (h, w): of Stage A's latents (None:
+        as trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
+        shape = len(prompts), *(latent_size or [self.config.image_size // 4] * 2), self.config.latent_channels
         x = normal_noise(shape, generator, self.device)
         latents = self.sample_b(x, timesteps(steps, self.device), semantic, prompts, negative, guidance,
                                 generator=generator, **options)
@@ -1039,12 +1039,12 @@ class Wuerstchen(nn.Module):
         trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B, 1: none;
         seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per image; options:
         `sampler` and `after_step` of `sample` -> images (B, H, W, 3) in [0, 1]"""
-        cells, latents = self.config.grid(*(size or [self.config.image_size] * 2))
+        semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
-        x = normal_noise((len(prompts), *cells, self.config.semantic_channels), generator, self.device)
+        x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)
         semantic = self.sample_c(x, timesteps(steps[0], self.device), prompts, negative, guidance[0],
                                  generator=generator, **options)
-        return self.from_semantic(semantic, prompts, latents, negative, steps[1], guidance[1], generator, **options)
+        return self.from_semantic(semantic, prompts, latent_size, negative, steps[1], guidance[1], generator, **options)
 
     @torch.no_grad()
     def reconstruct(self, images, prompts=None, seed=None, **options):
@@ -1112,7 +1112,7 @@ class Wuerstchen(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. The published weights, as they lie on the hub. Nothing here computes: it maps names and reads files.
 
-OFFICIAL_FOLDERS = {"text": "wuerstchen-prior/text_encoder", "c": "wuerstchen-prior/prior",
+OFFICIAL_FOLDERS = {"text_c": "wuerstchen-prior/text_encoder", "c": "wuerstchen-prior/prior",
                     "text_b": "wuerstchen/text_encoder", "b": "wuerstchen/decoder", "a": "wuerstchen/vqgan",
                     "compressor": "EfficientNetEncoder"}
 
@@ -1125,7 +1125,7 @@ BLOCK_NAMES = {r"res\.": "", r"time\.": "", r"attn\.": "", r"\.expand": ".channe
                r"\.project\.": ".channelwise.4.", r"\.kv": ".kv_mapper.1", r"attention\.([qkv])": r"attention.to_\1",
                "attention.out": "attention.to_out.0"}
 OFFICIAL_NAMES = {
-    "text": TEXT_NAMES,
+    "text_c": TEXT_NAMES,
     "text_b": TEXT_NAMES,
     "a": {"^from_pixels": "in_block.1", "^encoder": "down_blocks", "^to_latents": "down_blocks.3.0",
           "^latent_norm": "down_blocks.3.1", "quantizer.codebook": "vquantizer.embedding.weight",
@@ -1168,12 +1168,13 @@ def official_name(part, name, config):
 
 
 def official_config(c):
-    """Our sizes from the snapshots' {"text", "text_b", "a", "b", "c"}: config.json as a dictionary -> Config"""
-    text, text_b = (TextConfig(d["vocab_size"], d["max_position_embeddings"], d["hidden_size"], d["num_hidden_layers"],
-                               d["num_attention_heads"], d["intermediate_size"]) for d in (c["text"], c["text_b"]))
+    """Our sizes from the snapshots' {"text_c", "text_b", "a", "b", "c"}: config.json as a dictionary -> Config"""
+    text_c, text_b = (TextConfig(d["vocab_size"], d["max_position_embeddings"], d["hidden_size"],
+                                 d["num_hidden_layers"], d["num_attention_heads"], d["intermediate_size"])
+                      for d in (c["text_c"], c["text_b"]))
     a, b, c = c["a"], c["b"], c["c"]
     return Config(
-        semantic_channels=c["c_in"], latent_channels=b["c_in"], time_width=b["c_r"], text=text, text_b=text_b,
+        semantic_channels=c["c_in"], latent_channels=b["c_in"], time_width=b["c_r"], text_c=text_c, text_b=text_b,
         a=VQGANConfig((a["embed_dim"] // 2, a["embed_dim"]), a["bottleneck_blocks"], a["num_vq_embeddings"],
                       a["scale_factor"]),
         b=StageBConfig(b["c_hidden"], b["blocks"], [max(0, heads) for heads in b["nhead"]], b["inject_effnet"],

@@ -43,7 +43,7 @@ except ImportError:
 
 CONFIG = replace(PRESETS["tiny"], a=VQGANConfig(channels=(32, 64), blocks=4, codebook_size=1024),
                  b=StageBConfig(channels=(64, 128, 256), blocks=(2, 2, 4), heads=(0, 4, 8),
-                                semantic=(False, True, True), cond_width=128, dropout=0.1),
+                                sees_semantic=(False, True, True), cond_width=128, dropout=0.1),
                  c=StageCConfig(width=256, depth=6, heads=4, dropout=0.1))
 CAPTION = "a big red circle to the left of a small blue square"
 
@@ -123,7 +123,7 @@ def reference_networks(config):
                 c_hidden=list(b.channels), blocks=list(b.blocks), nhead=[heads or -1 for heads in b.heads],
                 level_config=["CTA" if heads else "CT" for heads in b.heads], inject_effnet=list(b.semantic),
                 c_cond=b.cond_width, clip_embd=config.text_b.width, dropout=b.dropout),
-            reference.WuerstchenPrior(c_in=config.semantic_channels, c=c.width, c_cond=config.text.width,
+            reference.WuerstchenPrior(c_in=config.semantic_channels, c=c.width, c_cond=config.text_c.width,
                                       c_r=config.time_width, depth=c.depth, nhead=c.heads, dropout=c.dropout))
 
 
@@ -135,7 +135,7 @@ def reference_generate(config, tokenizer, dtype):
     networks = *reference_networks(config), *(CLIPTextModel(CLIPTextConfig(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.length, hidden_size=cfg.width, hidden_act="gelu",
         num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
-        intermediate_size=cfg.mlp_width)) for cfg in (config.text, config.text_b))
+        intermediate_size=cfg.mlp_width)) for cfg in (config.text_c, config.text_b))
     a, b, c, text, text_b = (nn.Module.to(network.eval(), dtype) for network in networks)  # diffusers' own `to` warns
     prior = reference.WuerstchenPriorPipeline(tokenize, text, c, DDPMWuerstchenScheduler())
     decoder = reference.WuerstchenDecoderPipeline(tokenize, text_b, b, DDPMWuerstchenScheduler(), a)
@@ -152,7 +152,7 @@ def reference_generate(config, tokenizer, dtype):
 def train(bench):
     """A training step of each stage in the sizes of CONFIG, on random images and latents."""
     a, (ra, rb, rc) = VQGAN(CONFIG), reference_networks(CONFIG) if reference else (None, None, None)
-    images, text = torch.rand(32, 128, 128, 3, device=bench.device), (24, CONFIG.text.width)
+    images, text = torch.rand(32, 128, 128, 3, device=bench.device), (24, CONFIG.text_c.width)
     images_first = images.permute(0, 3, 1, 2).contiguous()  # the reference has channels first
 
     def loss_a():
@@ -175,7 +175,7 @@ def train(bench):
 
 def generate(bench, config=PRESETS["tiny"], counts=(1, 8), dtype=torch.float32):
     """Images of one caption, with random weights. counts: images per run; dtype: of the weights"""
-    tokenizer = Tokenizer.train([CAPTION] * 2, length=config.text.length)
+    tokenizer = Tokenizer.train([CAPTION] * 2, length=config.text_c.length)
     with torch.device(bench.device):
         ours = Wuerstchen(config, tokenizer).eval().to(dtype).generate
         theirs = reference and reference_generate(config, tokenizer, dtype)
@@ -208,7 +208,7 @@ def v2(bench):
     bench.precisions, config, c = ["bfloat16"], PRESETS["v2"], StageC(PRESETS["v2"])
     c.compile()
     bench.compare("Training step of Stage C v2, compiled, 64 semantic latents of 24x24", 64,
-                  diffusion_step(bench, c, (64, 24, 24, 16), (64, 77, config.text.width)))
+                  diffusion_step(bench, c, (64, 24, 24, 16), (64, 77, config.text_c.width)))
     print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at most, on {torch.cuda.get_device_name()}")
     generate(bench, config, counts=(1, 4), dtype=torch.bfloat16)
 

@@ -37,10 +37,10 @@ def make_model():
     torch.manual_seed(0)
     config = copy.deepcopy(PRESETS["tiny"])
     config.image_size = 64
-    config.c.depth = config.text.depth = config.text_b.depth = 1
+    config.c.depth = config.text_c.depth = config.text_b.depth = 1
     config.b.channels, config.b.heads, config.c.width = (16, 32, 32), (0, 2, 2), 48
     tokenizer = Tokenizer.train((Shapes(64).caption(i) for i in range(300)), merges=200, length=24)
-    config.text.vocab_size = config.text_b.vocab_size = len(tokenizer)
+    config.text_c.vocab_size = config.text_b.vocab_size = len(tokenizer)
     model = Wuerstchen(config, tokenizer)
     for p in model.parameters():  # fresh networks begin with many zeros
         p += 0.05 * torch.randn_like(p)

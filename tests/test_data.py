@@ -19,7 +19,7 @@ import wuerstchen as w
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 TEXT = w.TextConfig(vocab_size=1024, length=12, width=64, depth=1, heads=2, mlp_width=128)
 MICRO = w.Config(  # a preset whose stages train for some steps in a second
-    text=TEXT, text_b=TEXT, a=w.VQGANConfig((8, 16), 1, 32, disc_depth=3, disc_width=32),
+    text_c=TEXT, text_b=TEXT, a=w.VQGANConfig((8, 16), 1, 32, disc_depth=3, disc_width=32),
     compressor=w.CompressorConfig(8, [("fused", 1, 1, 8, 1)] + 4 * [("mbconv", 4, 2, 16, 1)], 64, 0.0),
     b=w.StageBConfig((16, 32, 64), (1, 1, 1), (0, 2, 2), (True, True, True), cond_width=32, dropout=0.0),
     c=w.StageCConfig(width=64, depth=2, heads=2, dropout=0.0))
@@ -69,14 +69,14 @@ def open_data(split="train", **changed):
 def test_folder_with_captions(tmp_path):
     folder_of(tmp_path, 30)
     (tmp_path / "photo.JPG").write_bytes(b"")
-    found, file = dict(train.folder(tmp_path, "train") + train.folder(tmp_path, "test")), f"{tmp_path}/b/c/i005.png"
+    found, file = dict(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test")), f"{tmp_path}/b/c/i005.png"
     assert len(found) == 31 and found[f"{tmp_path}/photo.JPG"] == []
     assert found[file] == ["image number 5", "another caption of 5"]
     data = train.Images([(file, found[file])], 32)
     assert {data[i][1] for i in range(20)} == set(found[file]) == set(data.captions())
     assert data[7][0].shape == (32, 32, 3) and data[7][0].dtype == np.uint8
     with pytest.raises(FileNotFoundError, match="no images"):
-        train.folder(tmp_path / "none", "train")
+        train.list_folder(tmp_path / "none", "train")
 
 
 @pytest.mark.parametrize("kind", ["folder", "coco"])
@@ -125,7 +125,7 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(tmp_path / "silent.png")
     reasons = {"cut.png": "truncated", "none.jpg": "cannot identify", "bomb.png": "decompression bomb",
                "silent.png": "no caption"}
-    data = train.Images(train.folder(tmp_path, "train") + train.folder(tmp_path, "test"), 32)
+    data = train.Images(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test"), 32)
     seen = [data[i][1] for i in range(48)]
     assert not {"cut", "none", "bomb"} & set(seen) and len({caption.split()[-1] for caption in seen}) == 20
     lines = {Path(line.split(": ")[0]).name: line for line in sorted(capsys.readouterr().err.splitlines())}
@@ -150,27 +150,27 @@ def test_one_image_is_too_few(tmp_path):
 
 def test_coco_with_splits_and_a_subset(tmp_path):
     coco_folder(tmp_path)
-    training, testing = (train.coco(tmp_path, split) for split in ("train", "test"))
+    training, testing = (train.list_coco(tmp_path, split) for split in ("train", "test"))
     assert [len(training), len(testing)] == [39, 4] and all("/val2017/" in path for path, _ in testing)
     assert training[0] == (f"{tmp_path}/train2017/000.jpg", ["caption 0 of 0", "caption 1 of 0"])
     with pytest.raises(FileNotFoundError, match="captions_"):
-        train.coco(tmp_path / "train2017", "train")
+        train.list_coco(tmp_path / "train2017", "train")
 
 
 @pytest.mark.parametrize("data, name, baby", [("cifar10", "automobile", "a photo of a bird"),
                                               ("cifar100", "aquarium fish", "a photo of a baby")])
 def test_cifar(tmp_path, data, name, baby):
-    found, skip = train.cifar(cifar_folder(tmp_path, data), "train", data), train.CIFAR[data][3]
+    found, skip = train.list_cifar(cifar_folder(tmp_path, data), "train", data), train.CIFAR[data][3]
     assert found[1][1] == [name, f"an {name}", f"a photo of an {name}", f"a picture of an {name}",
                            f"a small photo of an {name}"] and baby in found[2][1]
     files = [file.read_bytes() for file in sorted(tmp_path.rglob("*.bin")) if "test" not in file.name]
     records = np.frombuffer(b"".join(files), np.uint8).reshape(-1, skip + 3072)
-    assert len(found) == len(records) and len(train.cifar(tmp_path, "test", data)) == 50
+    assert len(found) == len(records) and len(train.list_cifar(tmp_path, "test", data)) == 50
     for i in (0, len(found) - 1):
         planes = [records[i, skip + 1024 * c:][:1024].reshape(32, 32) for c in range(3)]
         assert (found[i][0] == np.dstack(planes)).all()
     with pytest.raises(FileNotFoundError, match="--download fetches it"):
-        train.cifar(tmp_path / "none", "train", data)
+        train.list_cifar(tmp_path / "none", "train", data)
 
 
 @pytest.mark.parametrize("kind, count", [("coco", 24), ("cifar10", 12_000)])
@@ -212,7 +212,7 @@ def test_download(serve, tmp_path):
     fetched, place = serve(), tmp_path / "data" / "new"
     for _ in range(2):  # nothing is fetched twice
         train.download("cifar100", place)
-    assert fetched == ["/cifar-100-binary.tar.gz"] and len(train.cifar(place, "train", "cifar100")) == 50
+    assert fetched == ["/cifar-100-binary.tar.gz"] and len(train.list_cifar(place, "train", "cifar100")) == 50
 
 
 def test_a_download_with_another_hash_is_refused(serve, tmp_path):

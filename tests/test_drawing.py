@@ -23,7 +23,7 @@ def run(model, tmp_path_factory):
     """A run, with images and a mask beside it."""
     run = make_run(tmp_path_factory.mktemp("runs") / "run", model)
     for name, image in zip("ab", shapes(2)):
-        script.to_picture(image).save(run / f"{name}.png")
+        script.to_pil(image).save(run / f"{name}.png")
     Image.fromarray(np.uint8([[0] * 32 + [255] * 32] * 64)).save(run / "half.png")
     (run / "cut.png").write_bytes((run / "a.png").read_bytes()[:-100])
     return run
@@ -181,7 +181,7 @@ def test_the_script_draws_each_way(run, model):
             ("--fill", a, half): script.fill(*given, right.expand(1, 64, 64), **options)}.items():
         written = draw(run, prompt, *command, "--seed", 5, "--negative", OTHER["negative"], "--cfg", 3, "--cfg-b", 1.5,
                        "--sampler", "ddim")
-        assert abs(written - np.array(script.to_picture(drawn[0]))).max() <= 1, command
+        assert abs(written - np.array(script.to_pil(drawn[0]))).max() <= 1, command
     assert draw(run, "--fill", a, half, prompt, "--height", 64, "--width", 96).shape == (64, 96, 3)
     assert (draw(run, prompt, "--film", run / "film.gif") == draw(run, prompt)).all()
     assert (film := Image.open(run / "film.gif")).n_frames == 5 and film.info["loop"] == 0

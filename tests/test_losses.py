@@ -257,14 +257,14 @@ def test_stage_c_gets_semantic_latents_and_text(begin, frozen):
     stage.loss_fn(0)
     (c, semantic, text, null_text), model, batch, cache = stage.calls[0], stage.run.model, stage.batch, stage.cache
     assert c is stage.network["c"] and torch.equal(semantic, batch["semantic"])
-    assert ("text" in stage.network) == text.requires_grad == null_text.requires_grad == (not frozen)
+    assert ("text_c" in stage.network) == text.requires_grad == null_text.requires_grad == (not frozen)
     with torch.no_grad():
         compressed, encoded = model.compress(stage.images), model.encode_text(stage.captions, "b")  # as yet, C's is B's
         close(cache["semantic"], compressed)
         close(null_text, model.encode_text([""], "b"))
-        close(text, batch["text"] if frozen else model.text(batch["ids"], batch["mask"]))
-        close(cache["text"] if frozen else model.text(cache["ids"], cache["mask"]), encoded)
+        close(text, batch["text"] if frozen else model.text_c(batch["ids"], batch["mask"]))
+        close(cache["text"] if frozen else model.text_c(cache["ids"], cache["mask"]), encoded)
     close(c.latent_mean, compressed.mean(dim=(0, 1, 2)), atol=1e-4)
     close(c.latent_std, compressed.std(dim=(0, 1, 2)).clip(1e-3), atol=1e-4)
-    assert model.text is not model.text_b
+    assert model.text_c is not model.text_b
     assert stage.lr_scale("text.norm.weight") == 0.1 and stage.lr_scale("c.out.weight") == 1

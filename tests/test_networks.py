@@ -13,12 +13,12 @@ from wuerstchen import (CLIP, PRESETS, AttnBlock, CompressorConfig, Config, Disc
 
 CONFIG = Config(
     image_size=64, semantic_channels=6, time_width=8,
-    text=TextConfig(vocab_size=50, length=8, width=16, depth=2, heads=2, mlp_width=32),
+    text_c=TextConfig(vocab_size=50, length=8, width=16, depth=2, heads=2, mlp_width=32),
     text_b=TextConfig(vocab_size=50, length=8, width=12, depth=2, heads=2, mlp_width=24),
     a=VQGANConfig(channels=(8, 16), blocks=2, codebook_size=32),
     compressor=CompressorConfig(8, (("fused", 1, 1, 8, 2), ("fused", 4, 2, 12, 1), ("mbconv", 4, 2, 16, 2),
                                     ("mbconv", 6, 2, 24, 1), ("mbconv", 4, 2, 24, 2)), 32, stochastic_depth=0.8),
-    b=StageBConfig((8, 16, 24), (1, 2, 2), heads=(0, 2, 3), semantic=(False, True, True), cond_width=10),
+    b=StageBConfig((8, 16, 24), (1, 2, 2), heads=(0, 2, 3), sees_semantic=(False, True, True), cond_width=10),
     c=StageCConfig(width=16, depth=2, heads=2))
 
 
@@ -26,7 +26,7 @@ def networks():
     """name: (a small network, three rows of what it takes)"""
     ids, mask, t = torch.randint(50, (3, 8)), torch.arange(8).expand(3, 8) < 5, torch.tensor([0.1, 0.5, 0.9])
     return {
-        "text": (TextEncoder(CONFIG.text), (ids, mask)),
+        "text": (TextEncoder(CONFIG.text_c), (ids, mask)),
         "clip": (CLIP(CONFIG), (torch.rand(3, 32, 32, 3), ids, mask)),
         "vqgan": (VQGAN(CONFIG), (torch.rand(3, 16, 24, 3),)),
         "discriminator": (Discriminator(3, 16), (torch.rand(3, 32, 32, 3),)),
@@ -49,15 +49,15 @@ def test_presets_fit_together(preset):
     assert side % config.stride == 0 and config.grid(side, side) == ((config.cells,) * 2, (side // 4,) * 2)
     with torch.device("meta"):  # shapes alone
         model, images, t = Wuerstchen(config, None), torch.rand(1, side, side, 3), torch.ones(1)
-        ids = torch.ones(1, config.text.length, dtype=torch.int64)
+        ids = torch.ones(1, config.text_c.length, dtype=torch.int64)
         latents, semantic = model.a.encode(images), model.compressor(shrink(images))
         assert latents.shape == (1, side // 4, side // 4, 4) and model.a.decode(latents).shape == images.shape
         assert semantic.shape == (1, config.cells, config.cells, 16)
         assert model.b(latents, t, semantic, model.text_b(ids, ids > 0)).shape == latents.shape
-        assert model.c(semantic, t, model.text(ids, ids > 0)).shape == semantic.shape
+        assert model.c(semantic, t, model.text_c(ids, ids > 0)).shape == semantic.shape
     if preset == "v2":
         published = {"a": 18_406_894, "compressor": 20_177_488 + 1280 * 16 + 2 * 16, "b": 1_055_365_280,
-                     "c": 993_636_896, "text_b": 352_984_064, "text": 693_021_440}
+                     "c": 993_636_896, "text_b": 352_984_064, "text_c": 693_021_440}
         assert {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in published} == published
 
 
@@ -128,12 +128,12 @@ def test_attn_block_by_hand():
     for (x0, x1), h in (((2, 0), 1), ((0, 4), -1)):  # the pixel, and the first channel of its query
         a, b, c = (math.exp(0.5 * product / math.sqrt(2)) for product in (2 * h, -2 * h, h * (s[0] - s[1])))
         expected.append([x0 + 3 * (a - b + c * s[0]) / (a + b + c), x1 + 3 * (b - a + c * s[1]) / (a + b + c)])
-    y = block(torch.tensor([[[[2.0, 0.0], [0.0, 4.0]]]]), block.text_kv(torch.tensor([[[1.0, -2.0]]])))
+    y = block(torch.tensor([[[[2.0, 0.0], [0.0, 4.0]]]]), block.keys_values(torch.tensor([[[1.0, -2.0]]])))
     assert_close(y, torch.tensor([[expected]]), rtol=1e-5, atol=1e-5)
 
 
 def test_text_encoder_is_causal_and_blind_to_padding():
-    encoder, ids, mask = init(TextEncoder(CONFIG.text), 0.3), torch.randint(50, (1, 8)), torch.arange(8)[None] < 5
+    encoder, ids, mask = init(TextEncoder(CONFIG.text_c), 0.3), torch.randint(50, (1, 8)), torch.arange(8)[None] < 5
     for place, notice in ((3, [3, 4, 5, 6, 7]), (6, [6])):  # 6 is padding: only its own place notices
         changed = (ids + (torch.arange(8) == place)) % 50
         differs = (encoder(ids, mask) != encoder(changed, mask)).any(dim=-1)[0]

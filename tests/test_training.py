@@ -86,16 +86,16 @@ def fit(folder, loss_fn, *options, rank=0, **more):
 
 def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
     model = Wuerstchen(PRESETS["tiny"], None)
-    network = nn.ModuleDict(dict(text=model.text, c=model.c))
+    network = nn.ModuleDict(dict(text_c=model.text_c, c=model.c))
     adamw, muon = train.make_optimizers(network, lambda name: 0.1 if name.startswith("text") else 1, True, "dtype")
     small, large = ({p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
                     for optimizer in (adamw, muon))
     assert not small.keys() & large.keys() and small.keys() | large.keys() == set(network.parameters())
     assert sum(len(group["params"]) for o in (adamw, muon) for group in o.param_groups) == len(small) + len(large)
-    block, layer = model.c.blocks[0].res, model.text.layers[0]
+    block, layer = model.c.blocks[0].res, model.text_c.layers[0]
     assert large[block.expand.weight] == 3 and large[layer.project.weight] == pytest.approx(0.3)
     assert small[block.expand.bias] == small[model.c.embed.weight] == small[block.depthwise.weight] == 1  # 16 inputs
-    assert small[model.text.tokens.weight] == small[model.text.positions] == 0.1
+    assert small[model.text_c.tokens.weight] == small[model.text_c.positions] == 0.1
     assert isinstance(adamw, torch.optim.AdamW) and muon.dtype == "dtype"
     assert len(train.make_optimizers(network, lambda name: 1, False, "dtype")) == 1
 
@@ -263,7 +263,7 @@ def test_a_finished_run(micro):
         f"{stage}_{step:06}.png" for stage in "abc" for step in (3, 6, 7)}
     images = torch.stack([torch.from_numpy(train.Shapes(32)[i][0]) for i in range(256)]) / 255
     assert 3 < model.a.scale / model.a.encode(images).std() < 3.5
-    assert not same(model.text.state_dict(), model.text_b.state_dict())  # C trains its own
+    assert not same(model.text_c.state_dict(), model.text_b.state_dict())  # C trains its own
 
 
 @pytest.mark.parametrize("stage", STAGES)
