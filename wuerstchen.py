@@ -908,11 +908,13 @@ def normal_noise(shape, generator, device):
 
 def generators(seed, count):
     """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> what `normal_noise` takes"""
+    if seed is None:
+        return None
     if isinstance(seed, int):
         return torch.Generator().manual_seed(seed)
-    if seed is not None and len(seed) != count:
+    if len(seed) != count:
         raise ValueError(f"{count} images, but {len(seed)} seeds")
-    return seed and [torch.Generator().manual_seed(one) for one in seed]
+    return [torch.Generator().manual_seed(one) for one in seed]
 
 
 def timesteps(steps, device):
@@ -942,8 +944,10 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
         x0 = predict_x0(x, eps, t)
         if sampler == "ddpm":
             x = ddpm_step(x, eps, t, t_next, normal_noise(x.shape, generator, x.device))
-        else:
+        elif sampler == "ddim":
             x = ddim_step(x, eps, t, t_next)
+        else:
+            raise ValueError(f"unknown sampler {sampler}")
         if after_step is not None:
             x = after_step(x, x0, t_next)
     return x
@@ -1038,7 +1042,9 @@ class Wuerstchen(nn.Module):
         prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
         trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B, 1: none;
         seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per image; options:
-        `sampler` and `after_step` of `sample` -> images (B, H, W, 3) in [0, 1]"""
+        `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
+        if not prompts:
+            raise ValueError("no prompt given")
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
         x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)

@@ -69,7 +69,8 @@ def open_data(split="train", **changed):
 def test_folder_with_captions(tmp_path):
     folder_of(tmp_path, 30)
     (tmp_path / "photo.JPG").write_bytes(b"")
-    found, file = dict(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test")), f"{tmp_path}/b/c/i005.png"
+    found = dict(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test"))
+    file = f"{tmp_path}/b/c/i005.png"
     assert len(found) == 31 and found[f"{tmp_path}/photo.JPG"] == []
     assert found[file] == ["image number 5", "another caption of 5"]
     data = train.Images([(file, found[file])], 32)
@@ -82,7 +83,8 @@ def test_folder_with_captions(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "coco"])
 def test_splits_are_fixed_and_disjoint(tmp_path, kind, monkeypatch):
     def splits(place):
-        return [[Path(path).name for path, _ in getattr(train, kind)(place, split)] for split in ("train", "test")]
+        lists = [getattr(train, f"list_{kind}")(place, split) for split in ("train", "test")]
+        return [[Path(path).name for path, _ in items] for items in lists]
 
     def fill(count):
         place = tmp_path / str(count)
@@ -104,7 +106,7 @@ def test_every_epoch_shows_every_image_once_in_a_new_order():
     assert [int(again[i][1]) for i in range(80, 120)] == epochs[2] != [int(other[i][1]) for i in range(80, 120)]
 
 
-def test_images_are_flipped_only_when_fetched(tmp_path):
+def test_images_are_flipped_only_when_asked(tmp_path):
     for i in range(64):
         Image.fromarray(np.repeat(np.uint8([[255, 0]]), 16, axis=1).repeat(32, axis=0)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("bright on the left")
@@ -128,8 +130,9 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     data = train.Images(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test"), 32)
     seen = [data[i][1] for i in range(48)]
     assert not {"cut", "none", "bomb"} & set(seen) and len({caption.split()[-1] for caption in seen}) == 20
-    lines = {Path(line.split(": ")[0]).name: line for line in sorted(capsys.readouterr().err.splitlines())}
-    assert len(lines) == 4 and all(reason in lines[name] for name, reason in reasons.items())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert all(any(name in line and reason in line for line in lines) for name, reason in reasons.items())
     again = train.Images(data.items, 32)
     assert [again[i][1] for i in reversed(range(48))] == seen[::-1]  # whatever was read before
     bad = [item for item in data.items if Path(item[0]).name in reasons]

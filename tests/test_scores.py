@@ -53,6 +53,11 @@ def test_frechet():
         assert score.frechet(*map(torch.from_numpy, pair)) == pytest.approx(recorded, rel=1e-5)
 
 
+def test_codebook_usage():
+    assert score.codebook_usage(torch.tensor([0, 0, 1, 1]), 8) == pytest.approx((0.25, 2))
+    assert score.codebook_usage(torch.full((5, 5), 3), 8) == (0.125, 1)
+
+
 def test_wilson():
     # 8 of 10 by hand: (0.8 + 0.19207 ± 1.96·√(0.016 + 0.0096)) / 1.38415
     assert score.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
