@@ -68,7 +68,7 @@ RED, BLUE = (200, 40, 30), (30, 60, 200)
 
 
 def odd_images(folder):
-    """Image files of every kind that people have. -> {name: colour in the middle, as a viewer shows it}"""
+    """Image files of every kind that people have. -> {name: its colour, as a viewer shows it}"""
     red, blue, white, grey = Image.new("RGB", (40, 40), RED), Image.new("RGB", (40, 40), BLUE), (255,) * 3, (90,) * 3
     palette, exif, lying = red.quantize(4), Image.Exif(), Image.new("RGB", (80, 40), BLUE)
     lying.paste(RED, (0, 0, 40, 40))  # on top once it is turned

@@ -215,6 +215,6 @@ def test_odd_images_look_as_in_a_viewer(tmp_path):
     for name, colour in odd_images(tmp_path).items():
         image = np.array(script.load_image(tmp_path / name, (32, 32))).astype(int)
         assert image.shape == (32, 32, 3)
-        for x, y, expected in ((16, 16, colour),) if colour else ((16, 2, RED), (16, 29, BLUE)):
+        for x, y, expected in ((2, 16, colour), (29, 16, colour)) if colour else ((16, 2, RED), (16, 29, BLUE)):
             assert abs(image[y, x] - expected).max() <= 8, name
     assert script.load_image(np.zeros((20, 60, 3), np.uint8), (20, 40)).size == (40, 20)

@@ -210,6 +210,7 @@ def test_a_killed_run_that_goes_on_ends_in_the_same_weights(micro, tmp_path, sta
     train.main(["all", "--run", str(folder), *FEW])  # the others are finished
     for whole, again in zip(*(torch.load(run / f"{stage}.pt").values() for run in (micro, folder)), strict=True):
         assert same(whole, again)
+    assert {row["stage"] for row in metrics(folder)[len(metrics(micro)):]} == {stage}
     assert not (folder / f"{stage}.ckpt").exists() and not (folder / "cache").exists()
 
 
@@ -363,17 +364,21 @@ def test_precision_is_what_the_hardware_has(has, picked, monkeypatch):
     assert train.pick_precision("cuda") == ("bfloat16" if picked == "bfloat16" else "float16")
 
 
-KEEP = """
+SPY = """
+import os
 import sys
 import torch
 sys.path.insert(0, {here!r})
 import train
-fit = train.fit
+fit, replace = train.fit, os.replace
 def keep(run, stage, network, *rest, **options):
     average = fit(run, stage, network, *rest, **options)
     torch.save([dict(x.named_parameters()) for x in (network, average)], f"{place}/{{stage}}{{run.rank}}")
     return average
-train.fit = keep
+def write(new, path):
+    print(os.environ["RANK"], "writes", path, file=sys.stderr)
+    replace(new, path)
+train.fit, os.replace = keep, write
 train.main()
 """
 
@@ -383,12 +388,13 @@ def test_two_processes_train_every_stage(micro, tmp_path):
     folder = shutil.copytree(micro, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt", "*.jsonl", "sheets"))
     options = train.read_options(micro) | dict(data="folder", data_dir=str(tmp_path / "data"))
     (folder / "options.json").write_text(json.dumps(options))
-    (tmp_path / "keep.py").write_text(KEEP.format(here=str(HERE), place=tmp_path))  # train.py, and keeps all weights
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", tmp_path / "keep.py",
+    (tmp_path / "spy.py").write_text(SPY.format(here=str(HERE), place=tmp_path))  # train.py, and keeps all weights
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", tmp_path / "spy.py",
                       "--run", folder, "--steps", "2", "--batch-size", "8", "--log-every", "1")
     assert done.returncode == 0, done.stderr
     for stage in STAGES:
         assert [row["step"] for row in metrics(folder) if row.get("stage") == stage and "loss" in row] == [1, 2]
         assert all(map(same, *(torch.load(tmp_path / f"{stage}{rank}") for rank in (0, 1))))
-    assert done.stdout.count("done in") == 1
+    assert done.stdout.count("done in") == 1 and sorted(re.findall(r"(\d) writes .*/(\w+)\.pt", done.stderr)) == [
+        ("0", name) for name in sorted([*STAGES, "clip"])]
     assert Wuerstchen.load(folder).generate(["a"], steps=(1, 1)).isfinite().all()
