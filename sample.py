@@ -35,7 +35,8 @@ from wuerstchen import Wuerstchen, add_noise, generators, normal_noise, timestep
 def load_image(file, size):
     """An image file's path, or its pixels as a uint8 array -> PIL image in RGB of size (height, width): upright,
     transparency on white, scaled and cut to the middle. OSError if it can't be read."""
-    with Image.fromarray(file) if isinstance(file, np.ndarray) else Image.open(file) as image:
+    try:
+        image = Image.fromarray(file) if isinstance(file, np.ndarray) else Image.open(file)
         image.draft("RGB", (2 * size[1], 2 * size[0]))  # a large JPEG need not be decoded in full
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
@@ -44,6 +45,8 @@ def load_image(file, size):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow raises many kinds
+        raise OSError(f"can't read {'an array' if isinstance(file, np.ndarray) else file}: {error}") from error
 
 
 def to_tensor(image):
@@ -175,6 +178,13 @@ def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance
 # The command line.
 
 
+def positive(text):
+    """An argparse type: a whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw images from captions with a trained Würstchen.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -184,14 +194,14 @@ def parse_args(argv=None):
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write", default="out.png")
-    add("--count", help="images per prompt; of --mix, images from one to the other", type=int)
+    add("--count", help="images per prompt; of --mix, images from one to the other", type=positive)
     add("--seed", help="of the first image's noise; the second has the next, and so on", type=int, default=0)
     add("--negative", help="negative prompt", default="")
-    add("--height", help="in pixels; as trained if not given", type=int)
-    add("--width", help="in pixels; as trained if not given", type=int)
-    add("--steps-c", help="diffusion steps of Stage C", type=int, default=60)
+    add("--height", help="in pixels; as trained if not given", type=positive)
+    add("--width", help="in pixels; as trained if not given", type=positive)
+    add("--steps-c", help="diffusion steps of Stage C", type=positive, default=60)
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="diffusion steps of Stage B", type=int, default=12)
+    add("--steps-b", help="diffusion steps of Stage B", type=positive, default=12)
     add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; 4 with --official", type=float, default=2.0)
     add("--cfg-b", help="classifier-free guidance scale of Stage B, 1: none", type=float, default=1.0)
     add("--sampler", help="ddim adds no noise on the way", default="ddpm", choices=("ddpm", "ddim"))
@@ -282,7 +292,7 @@ def draw(model, args):
     drawn = torch.cat([draw_batch(prompts[i:i + n], seeds[i:i + n]) for i in range(0, len(prompts), n)])
     bar.close()
     if list(drawn.shape[1:3]) != size:
-        print(f"drawn at {drawn.shape[1]}x{drawn.shape[2]}, the nearest size that the stages can draw")
+        print(f"drawn at {drawn.shape[1]}x{drawn.shape[2]}: the stages can't draw every size")
     return to_sheet(drawn, args)
 
 

@@ -47,7 +47,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sample import load_image, make_sheet, pick_device
+from sample import load_image, make_sheet, pick_device, positive
 from tokenizer import Tokenizer, read_json
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
                         diffusion_loss, save_atomically, shrink, training_times)
@@ -279,16 +279,17 @@ def list_coco(data_dir, split):
     own = {"test": [file for file in files if "val" in file.name], "train": [f for f in files if "val" not in f.name]}
     captions = {}
     for file in own[split] if all(own.values()) else files:
-        folder, listed = Path(data_dir) / file.stem.removeprefix("captions_"), read_json(file)
-        there = set(os.listdir(folder)) if folder.is_dir() else ()
-        paths = {image["id"]: str(folder / image["file_name"]) for image in listed["images"]
+        folder, listed = file.stem.removeprefix("captions_"), read_json(file)
+        there = set(os.listdir(Path(data_dir) / folder)) if (Path(data_dir) / folder).is_dir() else ()
+        names = {image["id"]: f"{folder}/{image['file_name']}" for image in listed["images"]
                  if image["file_name"] in there}
         for note in listed["annotations"]:
-            if note["image_id"] in paths:
-                captions.setdefault(paths[note["image_id"]], []).append(" ".join(note["caption"].split()))
+            if note["image_id"] in names:
+                captions.setdefault(names[note["image_id"]], []).append(" ".join(note["caption"].split()))
     if not captions:
         raise FileNotFoundError(f"no annotations/captions_*.json in {data_dir} whose images are there")
-    return [(path, captions[path]) for path in (sorted(captions) if all(own.values()) else in_split(captions, split))]
+    names = sorted(captions) if all(own.values()) else in_split(captions, split)
+    return [(str(Path(data_dir) / name), captions[name]) for name in names]
 
 
 def list_folder(data_dir, split):
@@ -536,7 +537,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         state = torch.load(path, map_location=run.device, weights_only=True)
         for name, part in checkpointed.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"].cpu())
+        if run.rank == 0:
+            torch.set_rng_state(state["random"].cpu())
         step = state["step"]
         print(f"stage {stage}: resuming from step {step}")
     for module in network.modules():
@@ -869,13 +871,13 @@ def make_parser():
     add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="data set")
     add("--data-dir", help="where the data set lies; Shapes needs none")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir first")
-    add("--image-size", type=int, help="side of the images in pixels, the preset's if not given")
+    add("--image-size", type=positive, help="side of the images in pixels, the preset's if not given")
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
         help="mirror images at random; not where captions say left and right")
-    add("--steps", type=int, help="training steps of each stage named; the preset's recipe if not given")
-    add("--batch-size", type=int, help="images per step, of all processes; the preset's recipe if not given")
+    add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
+    add("--batch-size", type=positive, help="images per step, of all processes; the preset's recipe if not given")
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=int, default=16_384, help="training examples of Stages B and C, whose latents are computed "
+    add("--cache", type=positive, default=16_384, help="training examples of Stages B and C, whose latents are computed "
         "once; beyond the number of images, these come again with other captions and flips")
     add("--seed", type=int, default=0, help="of the data and the weights")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")

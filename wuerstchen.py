@@ -1203,7 +1203,7 @@ def load_official(model, part, weights):
     for key in ours:
         if (theirs := official_name(part, key, config)) in weights:
             tensor = weights.pop(theirs)
-            fits = tensor.numel() == ours[key].numel()  # a 1x1 convolution is a Linear here
+            fits = tensor.squeeze().shape == ours[key].squeeze().shape  # a 1x1 convolution is a Linear here
             found[key] = tensor.reshape(ours[key].shape) if fits else tensor
     network.load_state_dict(found | weights, assign=True)
 

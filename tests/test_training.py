@@ -276,7 +276,7 @@ def test_a_stage_goes_on_from_given_weights(micro, tmp_path, stage):
     given, fine = Wuerstchen.load(micro), Wuerstchen.load(folder)
     assert fine.config.image_size == 64 and train.read_options(folder)["init_from"] == str(micro)
     for (name, x), y in zip(given.state_dict().items(), fine.state_dict().values()):
-        if not any(part in name for part in ("running", "num_batches", "codebook", "a.scale", "c.latent")):
+        if not any(part in name for part in ("running", "num_batches", "a.scale", "c.latent")):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4, msg=name)
     assert fine.generate(["a red star"], steps=(1, 1)).shape == (1, 64, 64, 3)
 
