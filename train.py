@@ -877,8 +877,8 @@ def make_parser():
     add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=positive, help="images per step, of all processes; the preset's recipe if not given")
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=positive, default=16_384, help="training examples of Stages B and C, whose latents are computed "
-        "once; beyond the number of images, these come again with other captions and flips")
+    add("--cache", type=positive, default=16_384, help="training examples of Stages B and C, whose latents are "
+        "computed once; beyond the number of images, these come again with other captions and flips")
     add("--seed", type=int, default=0, help="of the data and the weights")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
