@@ -720,7 +720,8 @@ def train_a(run):
     cfg, steps, side = run.model.config.a, run.recipe("a").steps, max(32, run.model.config.image_size // 2)
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
-    network.register_buffer("idle", torch.full((cfg.codebook_size,), math.inf))  # in the checkpoint, not in a.pt
+    idle = torch.full((cfg.codebook_size,), 0.0 if run.pretrained else math.inf)
+    network.register_buffer("idle", idle)  # so that it is in the checkpoint
 
     def loss_fn(network, batch, step):
         images = crop(batch[0], side)
@@ -747,7 +748,7 @@ def crop(images, side):
 def revive_codes(codebook, latents, codes, idle, patience=50):
     """Moves each code that was not chosen for `patience` steps onto a random latent of the batch, so that the codebook
     can't collapse. latents (B, h, w, 4), codes (B, h, w); idle (codebook_size,): steps since each code was last chosen,
-    updated here; at first inf, so the first batch places all codes -> how many were moved"""
+    updated here; inf at first: the first batch places all codes -> how many were moved"""
     idle += 1
     idle[codes.unique()] = 0
     dead = (idle >= patience).nonzero()[:, 0]
