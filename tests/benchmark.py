@@ -121,7 +121,7 @@ def reference_networks(config):
                                     num_vq_embeddings=a.codebook_size, scale_factor=a.scale),
             reference.WuerstchenDiffNeXt(
                 c_hidden=list(b.channels), blocks=list(b.blocks), nhead=[heads or -1 for heads in b.heads],
-                level_config=["CTA" if heads else "CT" for heads in b.heads], inject_effnet=list(b.semantic),
+                level_config=["CTA" if heads else "CT" for heads in b.heads], inject_effnet=list(b.sees_semantic),
                 c_cond=b.cond_width, clip_embd=config.text_b.width, dropout=b.dropout),
             reference.WuerstchenPrior(c_in=config.semantic_channels, c=c.width, c_cond=config.text_c.width,
                                       c_r=config.time_width, depth=c.depth, nhead=c.heads, dropout=c.dropout))
