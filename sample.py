@@ -250,16 +250,18 @@ def draw(model, args):
             print(f'longer than the {model.tokenizer.length} tokens that the text encoder reads; left out: "{rest}"')
     size = [args.height or model.config.image_size, args.width or model.config.image_size]
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.count)]
+    if args.reconstruct:
+        prompts = prompts[:1] * len(args.reconstruct)
     seeds = [args.seed + i for i in range(len(prompts))]
-    b_options = dict(negative=args.negative, steps=args.steps_b, guidance=args.cfg_b, sampler=args.sampler)
     options = dict(negative=args.negative, steps=("fast" if args.fast else args.steps_c, args.steps_b),
                    guidance=(args.cfg, args.cfg_b), sampler=args.sampler)
-    paths = args.reconstruct or args.mix or [path for path in (args.vary, args.redraw) if path] or (args.fill or [])[:1]
+    b_options = options | dict(steps=args.steps_b, guidance=args.cfg_b)
+    path = args.vary or args.redraw or (args.fill and args.fill[0])
+    paths = args.reconstruct or args.mix or ([path] if path else [])
     images = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
+    mask = to_tensor(load_image(args.fill[1], size)).mean(dim=-1).to(model.device) > 0.5 if args.fill else None
     if args.reconstruct:
-        seeds = [args.seed + i for i in range(len(images))]
-        captions = prompts[:1] * len(images)
-        return make_sheet([images, *model.reconstruct(images, captions, seeds, **b_options)],
+        return make_sheet([images, *model.reconstruct(images, prompts, seeds, **b_options)],
                           [Path(path).name for path in paths])
     if args.mix:
         return make_sheet([mix(model, images, prompts[0], args.count, args.seed, **b_options)])
@@ -282,10 +284,8 @@ def draw(model, args):
         if args.redraw:
             return redraw(model, batch, prompts, args.strength, seed=seeds, **options)
         if args.fill:
-            mask = to_tensor(load_image(args.fill[1], size)).mean(dim=-1) > 0.5
-            masks = mask.expand(len(prompts), -1, -1).to(model.device)
-            return fill(model, batch, masks, prompts, seed=seeds, **options)
-        bar.total += (29 if args.fast else args.steps_c) + args.steps_b
+            return fill(model, batch, mask.expand(len(prompts), -1, -1), prompts, seed=seeds, **options)
+        bar.total += sum(len(timesteps(steps, "cpu")) - 1 for steps in options["steps"])
         return model.generate(prompts, size=size, seed=seeds, after_step=advance, **options)
 
     n = max(1, 800_000 // (size[0] * size[1]))  # images that fit into memory at once

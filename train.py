@@ -610,8 +610,9 @@ class Run:
 
     def __init__(self, args):
         self.args, self.device, self.folder = args, torch.device(args.device), Path(args.run)
-        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
-        self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.rank, self.ranks = 0, 1
+        if distributed.is_initialized():
+            self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
         self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
         (self.folder / "sheets").mkdir(exist_ok=True)
         self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run

@@ -753,9 +753,8 @@ class StageB(nn.Module):
         latents resized to the level's size and mapped, and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
         text = self.text_norm(self.text_mapper(text))
-        conditions = []
-        for i, (blocks, mapper) in enumerate(zip((*self.down, *self.up), self.semantic_mappers)):
-            level = min(i, 2 * len(self.down) - 1 - i)
+        levels, conditions = range(len(self.down)), []
+        for level, blocks, mapper in zip((*levels, *reversed(levels)), (*self.down, *self.up), self.semantic_mappers):
             h, w = (n // self.cfg.patch // 2**level for n in size)
             # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
             mapped = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
@@ -764,17 +763,15 @@ class StageB(nn.Module):
 
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 4), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 4)"""
-        time, conditions = time_embedding(t, self.time_width), iter(conditions)
+        time, depth = time_embedding(t, self.time_width), len(self.down)
         h, skips = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch))), []
-        for i, blocks in enumerate(self.down):
+        for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.down, conditions[:depth])):
             if i > 0:
                 h = self.downscale[i - 1](h)
-            semantic, text_kv = next(conditions)
             h = blocks(h, time, text_kv, None, semantic)
             skips.append(h)
         skips.pop()  # the lowest level's output is h itself
-        for i, blocks in enumerate(self.up):
-            semantic, text_kv = next(conditions)
+        for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.up, conditions[depth:])):
             h = blocks(h, time, text_kv, skips.pop() if i > 0 else None, semantic)
             if i < len(self.upscale):
                 h = self.upscale[i](h)
@@ -970,6 +967,11 @@ def save_atomically(path, state):
     os.replace(f"{path}.new", path)
 
 
+def add_negatives(prompts, negative):
+    """B prompts, then their negative prompts for the unconditional branch: one string for all, or B."""
+    return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
+
+
 class Wuerstchen(nn.Module):
     """The whole system: text encoders, Stage C, Stage B, Stage A and the compressor."""
 
@@ -1011,7 +1013,7 @@ class Wuerstchen(nn.Module):
         negative prompt, one string or B, by default the null caption ""; options: those of `sample`
         -> semantic latents (B, hs, ws, 16)"""
         if guidance != 1:
-            prompts = prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
+            prompts = add_negatives(prompts, negative)
         conditions = self.c.encode_conditions(self.encode_text(prompts, "c"))
         return self.c.denormalise(sample(self.c.predict_eps, x, times, conditions, guidance, **options))
 
@@ -1020,7 +1022,7 @@ class Wuerstchen(nn.Module):
         """Stage B. x: noise (B, h, w, 4); semantic (B, hs, ws, 16); the rest as in `sample_c`. The unconditional branch
         sees the negative prompt and semantic latents of zeros. -> Stage A's latents (B, h, w, 4)"""
         if guidance != 1:
-            prompts = prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
+            prompts = add_negatives(prompts, negative)
             semantic = torch.cat([semantic, torch.zeros_like(semantic)])
         conditions = self.b.encode_conditions(semantic, self.encode_text(prompts, "b"), x.shape[1:3])
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale

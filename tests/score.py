@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import make_sheet, pick_device  # noqa: E402
+from sample import make_sheet, pick_device, vary  # noqa: E402
 from train import BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, open_data, parse, read_options  # noqa: E402
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
 
@@ -276,17 +276,18 @@ def score(model, args):
             captions, real = judge.examples(split)[1], judge.examples(split, batch=1)[0]
             rows[name] = judge(draw(model, captions, args), captions, real)
 
-    def by_b(images, seeds, captions=None):
-        return model.reconstruct(images, captions, list(seeds), steps=args.steps_b, guidance=args.cfg_b)[1]
+    def by_b(images, seeds, captions):
+        return vary(model, images, captions, list(seeds), steps=args.steps_b, guidance=args.cfg_b)
 
     (images, captions), (real, _) = judge.examples("test"), judge.examples("test", batch=1)
     seeds = range(args.seed, args.seed + judge.count)
-    for name, rebuilt in {"rebuilt by B and A": in_batches(by_b, images, seeds),
+    for name, rebuilt in {"rebuilt by B and A": in_batches(by_b, images, seeds, [""] * judge.count),
                           "same, B told captions": in_batches(by_b, images, seeds, captions),
                           "rebuilt by A": in_batches(lambda x: model.a(x)[0].clamp(0, 1), images)}.items():
         rows[name] = judge(rebuilt, captions, real) | {"PSNR": psnr(rebuilt, images).mean().item()}
     rows["the images"] = judge(images, captions, real)
-    usage, perplexity = codebook_usage(in_batches(lambda x: model.a(x)[2], images), model.config.a.codebook_size)
+    codes = in_batches(lambda x: model.a.quantizer(model.a.encode(x))[1], images)
+    usage, perplexity = codebook_usage(codes, model.config.a.codebook_size)
     print_table("", rows)
     print(f"Codebook: {usage:.1%} in use, perplexity {perplexity:.0f} of {model.config.a.codebook_size}.")
     finish(judge, args, "score.json", {"rows": rows, "codebook": {"usage": usage, "perplexity": perplexity}})
