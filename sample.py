@@ -190,7 +190,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("prompts", help="what to draw; several make a grid", nargs="*", metavar="PROMPT")
-    add("--run", help="folder of the run", default="runs/tiny")
+    add("--run", help="folder of the run; by default runs/tiny once that is trained, until then the run that comes with "
+        "this code")
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write", default="out.png")
@@ -218,6 +219,7 @@ def parse_args(argv=None):
     if args.official:
         parser.set_defaults(cfg=4.0)
         args = parser.parse_args(argv)
+    args.run = args.run or ("runs/tiny" if Path("runs/tiny/c.pt").exists() else Path(__file__).parent / "tests/shapes")
     if not all(map(str.strip, args.prompts)):
         parser.error("a prompt is empty")
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
@@ -237,6 +239,7 @@ def main(argv=None):
     else:
         without_c = args.reconstruct or args.vary or args.mix
         model = Wuerstchen.load(args.run, ("text", "a", "b") if without_c else ("text", "a", "b", "c")).to(device)
+        print(f"drawing with {args.run}")
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         sheet = draw(model, args)
     sheet.save(args.out)

@@ -532,13 +532,10 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.precision == "float16")
     checkpointed = dict(network=network, average=average, scaler=scaler, **dict(zip(("adamw", "muon"), optimizers)))
     step, bad, warm_up = 0, 0, min(10_000, recipe.steps // 20 + 1)
-    torch.manual_seed(args.seed + 1 + run.rank)
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         for name, part in checkpointed.items():
             part.load_state_dict(state[name])
-        if run.rank == 0:
-            torch.set_rng_state(state["random"].cpu())
         step = state["step"]
         print(f"stage {stage}: resuming from step {step}")
     for module in network.modules():
@@ -560,6 +557,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
+        # Each step and each process has its own noise, and a run that goes on the same as one that was never stopped.
+        torch.manual_seed(1 + (args.seed * recipe.steps + step) * run.ranks + run.rank)
         network.zero_grad()
         with run.autocast():
             loss, numbers = objective(batch, step)
@@ -592,8 +591,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             sheet = make_sheet([images, *preview(average.module, images, captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
         if run.rank == 0 and (step % args.save_every == 0 or stopped):
-            save_atomically(path, dict(step=step, random=torch.get_rng_state(),
-                                       **{name: part.state_dict() for name, part in checkpointed.items()}))
+            save_atomically(path, dict(step=step, **{name: part.state_dict() for name, part in checkpointed.items()}))
         if stopped:
             bar.close()
             sys.exit(f"stopped after step {step}; run the same command to continue")
@@ -660,19 +658,20 @@ class Run:
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
         made_from = [self.folder / file for file in (*made_from, "options.json")]
         if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):
-            new, steps, arrays = folder.with_suffix(".new"), -(-self.args.cache // (64 * self.ranks)), {}
+            # Small batches: a CPU spends as long again on the memory for the activations of large ones.
+            new, steps, arrays = folder.with_suffix(".new"), -(-self.args.cache // (16 * self.ranks)), {}
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            batches = self.batches(0, Recipe(steps, 64 * self.ranks, 0))
+            batches = self.batches(0, Recipe(steps, 16 * self.ranks, 0))
             for i, batch in enumerate(tqdm(batches, name, steps, disable=self.rank > 0)):
                 with torch.no_grad(), self.autocast():
                     rows = {key: x.cpu().numpy() for key, x in compute(*batch).items()}
                 for key, x in rows.items():
                     if i == 0:
                         arrays[key] = np.lib.format.open_memmap(new / f"{key}.npy", "w+", x.dtype,
-                                                                (64 * steps, *x.shape[1:]))
-                    arrays[key][64 * i:64 * (i + 1)] = x
+                                                                (16 * steps, *x.shape[1:]))
+                    arrays[key][16 * i:16 * (i + 1)] = x
             new.rename(folder)  # only when it is complete
         return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
@@ -687,10 +686,13 @@ class Run:
 
 
 def train_tokenizer(args, config):
-    """Byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice."""
+    """Byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice. It reads as
+    many tokens as the longest of these captions has, at most the preset's `length`."""
+    captions = list(open_data(args).captions())
     merges = config.text_c.vocab_size - 514  # beside bytes, bytes that end a word, start and end token
-    tokenizer = Tokenizer.train(open_data(args).captions(), merges, config.text_c.length)
-    print(f"tokenizer: {len(tokenizer)} tokens")
+    tokenizer = Tokenizer.train(captions, merges)
+    tokenizer.length = min(config.text_c.length, 2 + max(len(tokenizer.encode(one)) for one in set(captions)))
+    print(f"tokenizer: {len(tokenizer)} tokens, captions of up to {tokenizer.length}")
     return tokenizer
 
 
@@ -924,7 +926,7 @@ def begin(args):
         config = copy.deepcopy(PRESETS[args.preset])
         config.text_b, config.image_size = config.text_c, args.image_size  # one text encoder's sizes for both stages
         tokenizer = train_tokenizer(args, config)
-        config.text_c.vocab_size = len(tokenizer)
+        config.text_c.vocab_size, config.text_c.length = len(tokenizer), tokenizer.length
         with torch.device("meta"):  # no weights yet: only the sizes and the tokenizer are saved
             Wuerstchen(config, tokenizer).save(args.run, stages=())
 

@@ -196,8 +196,7 @@ def test_noise_of_a_run_that_goes_on(tmp_path):
     for rank in (0, 1):
         with killed_after(4):
             draws(tmp_path / f"killed{rank}", rank=0)  # the first process writes the checkpoint
-        late = draws(tmp_path / f"killed{rank}", rank)
-        assert late == whole[4:] if rank == 0 else len(late) == 4 and not {*late} & {*whole}
+        assert draws(tmp_path / f"killed{rank}", rank) == (whole, other)[rank][4:]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -316,12 +315,12 @@ def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
     for place, name in ((train, "shrink"), (Wuerstchen, "compress")):  # b and c compute these
         monkeypatch.setattr(place, name, lambda *x, f=getattr(place, name): computed.append(0) or f(*x))
     for stage, files in (("b", ("text.pt", "a.pt")), ("c", ("text.pt", "b.pt"))):
-        assert [begin(stage), begin(stage)] == [1, 0]
+        assert [begin(stage), begin(stage)] == [4, 0]
         for file in files:
             os.utime(folder / file, (time.time() + 0.01,) * 2)
             time.sleep(0.02)
-            assert [begin(stage), begin(stage)] == [1, 0], file
-        assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [2, 1, 0]
+            assert [begin(stage), begin(stage)] == [4, 0], file
+        assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [7, 4, 0]
 
 
 def test_an_image_is_cached_with_several_captions_and_flips(tmp_path):
@@ -342,7 +341,7 @@ def test_an_image_is_cached_with_several_captions_and_flips(tmp_path):
         run.cached("x", (), compute)
     arrays = run.cached("x", (), compute)
     rows = [(x.tobytes(), n.item(), a.item()) for x, n, a in zip(*(arrays[k] for k in ("images", "number", "another")))]
-    assert computed == [64] * 5 and len(rows) == 192 and {n for _, n, _ in rows} == {*range(1, 12)}  # 0 is for testing
+    assert computed == [16] * 12 and len(rows) == 160 and {n for _, n, _ in rows} == {*range(1, 12)}  # 0 is for testing
     assert 40 < len({*rows}) <= 44 and len({x for x, _, _ in rows}) == 22
     batches, recipe = run.cached_batches(arrays), train.Recipe(9, 6, 0)
     whole, late = list(batches(0, recipe)), list(batches(4, recipe))
