@@ -87,7 +87,7 @@ def fit(folder, loss_fn, *options, rank=0, **more):
 def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
     model = Wuerstchen(PRESETS["tiny"], None)
     network = nn.ModuleDict(dict(text_c=model.text_c, c=model.c))
-    adamw, muon = train.make_optimizers(network, lambda name: 0.1 if name.startswith("text") else 1, True, "dtype")
+    adamw, muon = train.make_optimizers(network, lambda name: 0.1 if name.startswith("text") else 1, "dtype")
     small, large = ({p: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
                     for optimizer in (adamw, muon))
     assert not small.keys() & large.keys() and small.keys() | large.keys() == set(network.parameters())
@@ -97,7 +97,7 @@ def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
     assert small[block.expand.bias] == small[model.c.embed.weight] == small[block.depthwise.weight] == 1  # 16 inputs
     assert small[model.text_c.tokens.weight] == small[model.text_c.positions] == 0.1
     assert isinstance(adamw, torch.optim.AdamW) and muon.dtype == "dtype"
-    assert len(train.make_optimizers(network, lambda name: 1, False, "dtype")) == 1
+    assert len(train.make_optimizers(nn.Linear(99, 9), lambda name: 1, "dtype")) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
