@@ -437,7 +437,7 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(800, 32, 4e-3), b=Recipe(2250, 32, 1.2e-3),
+    "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2250, 32, 1.2e-3),
                  c=Recipe(450, 128, 1.5e-3)),
     "quick": dict(text=Recipe(300, 64, 5e-4), a=Recipe(500, 32, 4e-3), b=Recipe(2000, 32, 1.2e-3),
                   c=Recipe(300, 128, 1.5e-3)),
@@ -722,17 +722,17 @@ def train_text(run):
 
 
 def train_a(run):
-    """The VQGAN, on two small crops of each image. Nothing in it looks far, and at the borders of crops it learns to
+    """The VQGAN, on four small crops of each image. Nothing in it looks far, and at the borders of crops it learns to
     draw those of images: there a transposed convolution sums half of its terms, and a quarter in the corners. Its
     discriminator joins for the last quarter, when there is something to refine."""
-    cfg, steps, side = run.model.config.a, run.recipe("a").steps, max(32, run.model.config.image_size * 3 // 8)
+    cfg, steps, side = run.model.config.a, run.recipe("a").steps, max(32, run.model.config.image_size // 4)
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
     idle = torch.full((cfg.codebook_size,), 0.0 if run.pretrained else math.inf)
     network.register_buffer("idle", idle)  # so that it is in the checkpoint
 
     def loss_fn(network, batch, step):
-        images = torch.cat([crop(batch[0], side), crop(batch[0], side)])
+        images = torch.cat([crop(batch[0], side) for _ in range(4)])
         loss_gen, loss_disc, mse, latents, codes = vqgan_loss(network["a"], network["discriminator"], images,
                                                               adversarial=step >= 3 * steps // 4)
         moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle)
