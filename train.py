@@ -488,8 +488,8 @@ def orthogonal(x, dtype):
 
 
 def make_optimizers(network, lr_scale, dtype):
-    """Muon for the weights of Linears that have at least 64 rows and columns, AdamW for all else, with the betas of
-    the authors' script for Stage B. lr_scale(name): factor on the learning rate of a parameter, kept as "lr_scale" in its
+    """Muon for the weights of Linears that have at least 64 rows and columns; AdamW for all else, with the betas of the
+    authors' script for Stage B. lr_scale(name): factor on the learning rate of a parameter, kept as "lr_scale" in its
     group. -> list of one or two optimizers"""
     large = {m.weight for m in network.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
     adamw, muons = {}, {}  # factor -> parameters
@@ -722,17 +722,19 @@ def train_text(run):
 
 
 def train_a(run):
-    """The VQGAN, on four small crops of each image. Nothing in it looks far, and at the borders of crops it learns to
-    draw those of images: there a transposed convolution sums half of its terms, and a quarter in the corners. Its
-    discriminator joins for the last quarter, when there is something to refine."""
-    cfg, steps, side = run.model.config.a, run.recipe("a").steps, max(32, run.model.config.image_size // 4)
+    """The VQGAN, on small crops of each image, together a quarter of it. Nothing in it looks far, and at the borders of
+    crops it learns to draw those of images: there a transposed convolution sums half of its terms, and a quarter in the
+    corners. Its discriminator joins for the last quarter of the steps, when there is something to refine."""
+    cfg, steps, size = run.model.config.a, run.recipe("a").steps, run.model.config.image_size
+    side = max(32, size // 4)
+    crops = max(1, size // (2 * side)) ** 2
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
     idle = torch.full((cfg.codebook_size,), 0.0 if run.pretrained else math.inf)
     network.register_buffer("idle", idle)  # so that it is in the checkpoint
 
     def loss_fn(network, batch, step):
-        images = torch.cat([crop(batch[0], side) for _ in range(4)])
+        images = torch.cat([crop(batch[0], side) for _ in range(crops)])
         loss_gen, loss_disc, mse, latents, codes = vqgan_loss(network["a"], network["discriminator"], images,
                                                               adversarial=step >= 3 * steps // 4)
         moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle)

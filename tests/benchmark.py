@@ -149,7 +149,7 @@ def reference_generate(config, tokenizer, dtype):
 def train(bench):
     """A training step of each stage in the sizes of CONFIG, on random images and latents."""
     a, (ra, rb, rc) = VQGAN(CONFIG), reference_networks(CONFIG) if reference else (None, None, None)
-    images, text = torch.rand(32, 64, 64, 3, device=bench.device), (CONFIG.text_c.length, CONFIG.text_c.width)
+    images, text = torch.rand(128, 32, 32, 3, device=bench.device), (CONFIG.text_c.length, CONFIG.text_c.width)
     images_first = images.permute(0, 3, 1, 2).contiguous()  # the reference has channels first
 
     def loss_a():
@@ -160,7 +160,7 @@ def train(bench):
         quantized, vq_loss, _ = ra.vquantizer(ra.encode(images_first).latents)
         return nn.functional.mse_loss(ra.decode(quantized).sample, images_first) + vq_loss
 
-    bench.compare("Training step of Stage A, 32 crops of 64 px, no discriminator", 32,
+    bench.compare("Training step of Stage A, 128 crops of 32 px, no discriminator", 128,
                   training_step(bench, a, loss_a), ra and training_step(bench, ra, reference_loss_a))
     bench.compare("Training step of Stage B, 32 latents of 32x32", 32,
                   diffusion_step(bench, StageB(CONFIG), (32, 32, 32, 4), (32, 3, 3, 16), (32, *text)),

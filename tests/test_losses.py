@@ -233,7 +233,7 @@ def test_stage_a_is_adversarial_in_its_last_quarter(begin):
     logged = [stage.loss_fn(step) for step in (0, 14, 15, 19)]
     assert [adversarial for *_, adversarial in stage.calls] == [False, False, True, True]
     assert stage.calls[0][:2] == [stage.network["a"], stage.network["discriminator"]]
-    assert stage.calls[0][2].shape == (64, 32, 32, 3)  # four crops per image
+    assert stage.calls[0][2].shape == (16, 32, 32, 3)
     assert all(loss == 3 and numbers["loss"] == 1 and numbers["loss_disc"] == 2 for loss, numbers in logged)
     assert [numbers["revived_codes"] for _, numbers in logged] == [511, 0, 0, 0]
     assert stage.lr_scale("a.quantizer.codebook") == 5 and stage.lr_scale("a.to_pixels.weight") == 1
