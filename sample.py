@@ -190,8 +190,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("prompts", help="what to draw; several make a grid", nargs="*", metavar="PROMPT")
-    add("--run", help="folder of the run; by default runs/tiny once that is trained, until then the run that comes with "
-        "this code")
+    add("--run", help="folder of the run; if not given, runs/tiny once it is trained, until then the one that comes "
+        "with the code")
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write", default="out.png")
