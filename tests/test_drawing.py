@@ -196,7 +196,7 @@ def test_the_script_draws_each_way(run, model):
 
 def test_what_is_too_long_is_said(run, capsys):
     draw(run, PROMPTS[0], PROMPTS[1] + 30 * " and" + " a pink star")
-    said, _ = capsys.readouterr().out.splitlines()
+    _, said, _ = capsys.readouterr().out.splitlines()
     assert "24 tokens" in said and 'left out: "and ' in said and said.endswith('and a pink star"')
 
 
