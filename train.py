@@ -439,8 +439,8 @@ class Recipe:
 RECIPES = {
     "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2250, 32, 1.2e-3),
                  c=Recipe(450, 128, 1.5e-3)),
-    "quick": dict(text=Recipe(300, 64, 5e-4), a=Recipe(500, 32, 4e-3), b=Recipe(2000, 32, 1.2e-3),
-                  c=Recipe(300, 128, 1.5e-3)),
+    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(450, 32, 4e-3), b=Recipe(2000, 32, 2.5e-3),
+                  c=Recipe(260, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
