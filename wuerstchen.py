@@ -270,7 +270,7 @@ class TimestepBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: softmax(q·kᵀ/√d)·v in each head, then a Linear."""
+    """Multi-head attention."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -286,7 +286,8 @@ class Attention(nn.Module):
         return self.attend(self.q(x), self.k(context), self.v(context), mask)
 
     def attend(self, q, k, v, mask=None):
-        """Queries (B, N, C), keys and values (B, M, C) -> (B, N, C)"""
+        """softmax(q·kᵀ/√d)·v in each head, then the Linear `out`. A head is a run of d = C/heads neighbouring channels.
+        q (B, N, C), k and v (B, M, C), mask as in `forward` -> (B, N, C)"""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or M, d)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -302,13 +303,14 @@ class AttnBlock(nn.Module):
         self.attention = Attention(channels, heads)
 
     def keys_values(self, text):
-        """The text's keys and values. They depend neither on the noisy input nor on the time, so they are computed
-        once per image. text (B, L, cond_width) -> keys, values, each (B, L, C)"""
+        """The text's keys and values: the attention's k and v of kv(SiLU(text)). They depend neither on the noisy input
+        nor on the time, so they are computed once per image. text (B, L, cond_width) -> keys, values, each (B, L, C)"""
         text = self.kv(F.silu(text))
         return self.attention.k(text), self.attention.v(text)
 
     def forward(self, x, text_kv):
-        """x (B, H, W, C), text_kv: the text's keys and values -> (B, H, W, C)"""
+        """x + attention, in which norm(x) attends to norm(x) itself and to the text.
+        x (B, H, W, C), text_kv: the text's keys and values -> (B, H, W, C)"""
         h = self.norm(x).flatten(1, 2)
         keys = torch.cat([self.attention.k(h), text_kv[0]], dim=1)
         values = torch.cat([self.attention.v(h), text_kv[1]], dim=1)
@@ -413,9 +415,9 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids, mask):
-        """ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
+        """Tokens plus positions, then the layers, then the last LayerNorm. A token sees itself and the tokens before it,
+        but no padding. ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        # A token sees itself and the tokens before it, but no padding.
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         visible = causal & mask[:, None, None]
         for layer in self.layers:
@@ -437,8 +439,9 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_text(self, ids, mask):
-        """ids and mask (N, L) -> unit vectors (N, width)"""
-        end = mask.sum(dim=1) - 1  # the end token is the first that has seen the whole caption
+        """The projection of the end token's vector, scaled to length 1. The end token, the caption's last, is the first
+        that has seen all of it. ids and mask (N, L) -> unit vectors (N, width)"""
+        end = mask.sum(dim=1) - 1
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
         return F.normalize(self.text_projection(text).float(), dim=-1)
 
@@ -452,7 +455,8 @@ class CLIP(nn.Module):
         return F.normalize(self.image_projection(self.image_features(images).flatten(1)).float(), dim=-1)
 
     def compare(self, image, text):
-        """Unit vectors (B, width), (N, width) -> logits (B, N): row i says how well image i fits each caption"""
+        """The cosines times exp(logit_scale), at most 100. Unit vectors (B, width), (N, width) -> logits (B, N): row i
+        says how well image i fits each caption"""
         return self.logit_scale.exp().clamp(max=100) * image @ text.T
 
     def forward(self, images, ids, mask):
@@ -461,8 +465,8 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(logits, ids):
-    """CLIP's loss: cross-entropy over captions for each image and over images for each caption, averaged. Captions that
-    are equal all count as right.
+    """CLIP's loss: the mean of two cross-entropies, over all N captions for each image, and over the B images for each of
+    the first B captions. Captions that are equal are all right, with equal shares of the target.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()
@@ -829,10 +833,12 @@ class StageC(nn.Module):
         return self.blocks.keys_values(self.text_mapper(text))
 
     def predict_eps(self, x, t, conditions):
-        """x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
+        """embed, blocks, out_norm and out give a and b, half of the channels each; then eps = (x − a)/(|1 − b| + 1e-5).
+        With a = b = 0, as at first, eps is x: right for t near 1.
+        x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
         h = self.blocks(self.embed(x), time_embedding(t, self.time_width), conditions)
         a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)
-        return (x - a) / ((1 - b.float()).abs() + 1e-5)  # with a = b = 0, as at first, eps = x: right for t near 1
+        return (x - a) / ((1 - b.float()).abs() + 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -933,8 +939,9 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 
     network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
     conditions: of B rows; if guidance is not 1, of 2·B: the conditional ones, then the unconditional; sampler: "ddpm"
-    or "ddim"; after_step(x, x0, t_next) -> x: called after each step with x, the network's estimate of x0 and the time
-    reached; what it returns is the new x. -> (B, H, W, C)"""
+    or "ddim"; generator: for the `normal_noise` of each DDPM step; after_step(x, x0, t_next) -> x: called after each
+    step with x, the x0 that was predicted before the step, and the time reached; what it returns is the new x.
+    ValueError for another sampler. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
         if guidance == 1:
             eps = network(x, t.expand(len(x)), conditions)

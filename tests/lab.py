@@ -1,0 +1,984 @@
+"""
+A lab: exercises in which you write the core of Würstchen yourself, and tests that grade them.
+
+    python tests/lab.py                          lists the exercises
+    python tests/lab.py start 3 8 10 --to DIR    copies the project to DIR, without the code of these exercises ("all")
+    python tests/lab.py check [3 8]              in the copy: says what is right, what is wrong, and often why
+    python tests/lab.py solution 3               prints the reference
+    python tests/lab.py experiment guidance      an experiment with the trained run: a table and a sheet of images
+
+Each exercise is a function or two, cut out below their docstrings. `check` calls yours with the inputs of a probe and
+compares the results with the reference's. If they are those of a known wrong answer, it prints the hint for it. It
+grades each exercise alone: what else you have not written yet is taken from the reference. Where an exercise takes part
+in drawing, check also writes lab_N.png: what your version draws, above what the reference draws.
+
+How it works comes first, then the exercises. To add one, write a probe and say which functions it asks for; the test
+suite proves that it fails when they are empty, that the reference passes, that every wrong answer fails with its own
+hint, and that other right answers pass.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import inspect
+import itertools
+import shutil
+import subprocess
+import sys
+import textwrap
+import traceback
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+# A working copy keeps the files as they were here; the project itself is its own reference.
+REFERENCE = HERE / ".reference" if (HERE / ".reference").exists() else HERE
+FILES = ("tokenizer/__init__.py", "wuerstchen.py", "train.py", "sample.py")
+SECONDS = 20  # that grading one exercise may take
+sys.path[:0] = [str(REFERENCE), str(HERE / "tests")]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import sample  # noqa: E402
+import wuerstchen  # noqa: E402
+
+
+@dataclass
+class Exercise:
+    title: str
+    file: str            # where it stands in the project
+    names: tuple         # its functions, "Class.method" for methods
+    section: str         # of the paper
+    learned: str         # in a few words
+    minutes: int
+    wrong: dict          # hint: the edit of the reference, (old, new, old, new, ...), that gives the wrong answer
+    same: tuple          # edits that give other right answers
+    probe: callable      # module -> {what: value}, values that tell right from wrong answers
+    draws: bool          # whether images show what is wrong
+    tolerance: float
+
+
+EXERCISES = []
+
+
+def exercise(title, file, names, section, learned, minutes, wrong, same, draws=False, tolerance=1e-4):
+    """Makes the probe under it an exercise, the next one."""
+    return lambda probe: EXERCISES.append(Exercise(title, file, names, section, learned, minutes, wrong, same, probe,
+                                                   draws, tolerance))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and cutting code.
+
+
+def find(source, name):
+    """The syntax tree's node of a function "f" or a method "Class.f". LookupError if it is not there."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        node = next((inner for inner in node.body if getattr(inner, "name", None) == part), None)
+        if node is None:
+            raise LookupError(f"no {name} there any more")
+    return node
+
+
+def body_of(source, name):
+    """The numbers of the lines (first, last) below a function's docstring, counted from 1."""
+    node = find(source, name)
+    return node.body[0].end_lineno + 1, node.end_lineno
+
+
+def count_lines(source, name):
+    """How many lines of code a function has below its docstring."""
+    first, last = body_of(source, name)
+    lines = [line.strip() for line in source.splitlines()[first - 1:last]]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+def lines_of(task):
+    source = (REFERENCE / task.file).read_text("utf-8")
+    return sum(count_lines(source, name) for name in task.names)
+
+
+def cut(source, number):
+    """A file's text without the code of an exercise."""
+    task = EXERCISES[number - 1]
+    for name in task.names:
+        first, last = body_of(source, name)
+        expected = f"exercise {number}: what the docstring says, in about {count_lines(source, name)} lines"
+        lines = source.splitlines(keepends=True)
+        indent = " " * find(source, name).body[0].col_offset
+        lines[first - 1:last] = [f'{indent}raise NotImplementedError("{expected}")\n']
+        source = "".join(lines)
+    return source
+
+
+def edited(task, edit):
+    """The reference file's text with an edit of the exercise's functions. ValueError unless it fits exactly once."""
+    source = (REFERENCE / task.file).read_text("utf-8")
+    for old, new in zip(edit[::2], edit[1::2]):
+        spans = [body_of(source, name) for name in task.names]
+        bodies = ["".join(source.splitlines(keepends=True)[first - 1:last]) for first, last in spans]
+        if sum(body.count(old) for body in bodies) != 1:
+            raise ValueError(f"{task.title}: {old!r} does not stand in {', '.join(task.names)} exactly once")
+        body = next(body for body in bodies if old in body)
+        source = source.replace(body, body.replace(old, new))
+    return source
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grading.
+
+
+def module_of(task, source, path):
+    """Runs the text of an exercise's file as a module of its own; what it imports is the reference's."""
+    module = types.ModuleType(name_of(task))
+    exec(compile(source, path, "exec"), vars(module))
+    return module
+
+
+def name_of(task):
+    """The name that the file is imported by."""
+    return task.file.removesuffix(".py").removesuffix("/__init__")
+
+
+def function(module, name):
+    """A module's function or method, without its decorators."""
+    found = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return inspect.unwrap(getattr(found, "__func__", found))
+
+
+def students(task):
+    """The module of the working copy, in which all other exercises are solved: an exercise is graded alone."""
+    module = module_of(task, (HERE / task.file).read_text("utf-8"), str(HERE / task.file))
+    reference = importlib.import_module(name_of(task))
+    for other in EXERCISES:
+        for name in other.names if other is not task and other.file == task.file else ():
+            function(module, name).__code__ = function(reference, name).__code__
+    return module
+
+
+def measure(task, module):
+    torch.manual_seed(0)
+    return task.probe(module)
+
+
+@functools.cache
+def known_answer(number, hint=None):
+    """What the probe of an exercise measures for a wrong answer, or for the reference."""
+    task = EXERCISES[number - 1]
+    edit = task.wrong[hint] if hint else ()
+    return measure(task, module_of(task, edited(task, edit), task.file))
+
+
+def close(task, value, expected):
+    """Whether two results of a probe are equal, for tensors but for rounding."""
+    if not (torch.is_tensor(value) and torch.is_tensor(expected)):
+        return type(value) is type(expected) and value == expected
+    size = 1 + expected.double().nan_to_num(0, 0, 0).abs().max().item()
+    return value.shape == expected.shape and value.is_floating_point() == expected.is_floating_point() and (
+        torch.allclose(value.double(), expected.double(), rtol=0, atol=task.tolerance * size, equal_nan=True))
+
+
+def judge(number, found):
+    """found: what the probe measured -> (what is wrong, hints), two lists of lines; both are empty if all is right"""
+    task, expected = EXERCISES[number - 1], known_answer(number)
+    wrong, known, hints = [], [], []
+    for what, value in expected.items():
+        if not close(task, found[what], value):
+            shapes = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in (found[what], value)]
+            wrong.append(what + (f": {shapes[0]}, should be {shapes[1]}" if shapes[0] != shapes[1] else ""))
+    for hint in task.wrong if wrong else ():
+        values = known_answer(number, hint)
+        differs = [what for what in expected if not close(task, values[what], expected[what])]
+        if all(close(task, found[what], values[what]) for what in differs):
+            known.append((hint, {*differs}))
+    explained = set()
+    for hint, differs in sorted(known, key=lambda answer: -len(answer[1])):  # those that explain most come first
+        if differs - explained:
+            hints.append(hint)
+            explained |= differs
+    return wrong, hints
+
+
+def grade(number):
+    """Prints how an exercise of the working copy went; draws with it. -> whether it is right"""
+    task = EXERCISES[number - 1]
+    title = f"{number:3}  {{}}  {task.title}"
+    try:
+        module = students(task)
+        found = measure(task, module)
+    except NotImplementedError:
+        print(title.format("empty"))
+        return False
+    except Exception as error:
+        print(title.format("WRONG"))
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(HERE / task.file)]
+        print(textwrap.indent("".join(traceback.format_list(own) + traceback.format_exception_only(error)), " " * 7))
+        return False
+    wrong, hints = judge(number, found)
+    print(title.format("WRONG" if wrong else "right"))
+    for line in [f"differs: {what}" for what in wrong] + [f"hint: {hint}" for hint in hints]:
+        print(textwrap.fill(line, 100, initial_indent=" " * 7, subsequent_indent=" " * 9))
+    if task.draws:
+        try:
+            draw(task, module).save(HERE / f"lab_{number}.png")
+            print(f"       lab_{number}.png: what yours draws, above what the reference draws")
+        except Exception as error:
+            print(f"       it can't draw: {error!r}")
+    return not wrong
+
+
+@torch.no_grad()
+def draw(task, module):
+    """A sheet: what the trained run draws with a module, and with the reference"""
+    captions, rows = ["a big red circle to the left of a small blue square", "a yellow star", "a pink triangle"], []
+    for source in (module, importlib.import_module(name_of(task))):
+        model = getattr(source, "Wuerstchen", sample.Wuerstchen).load(HERE / "tests" / "shapes")
+        if hasattr(source, "Tokenizer") and task.file.startswith("tokenizer"):
+            model.tokenizer = model.tokenizer_b = source.Tokenizer.load(HERE / "tests" / "shapes" / "tokenizer")
+        rows.append(model.generate(captions, steps=(20, 8), guidance=(2.0, 1.0), seed=[0, 1, 2]))
+    return sample.make_sheet(rows, captions)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The exercises, in reading order.
+
+
+def noise(*shape):
+    return torch.randn(shape)
+
+
+def randomised(module):
+    """The module with all its parameters random: where training starts, zeros hide half of a network."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return module.eval()
+
+
+def small_config(m):
+    """Sizes of small networks."""
+    config, text = m.Config(semantic_channels=4, time_width=8), m.TextConfig(40, 8, 12, 1, 2, 16)
+    config.text_b, config.text_c, config.c = text, text, m.StageCConfig(12, 1, 2, 0.0)
+    config.compressor = m.CompressorConfig(4, (("fused", 1, 2, 4, 1),), 6)
+    return config
+
+
+@exercise(
+    "Byte-pair encoding: merge, and encode a word", "tokenizer/__init__.py", ("merge", "Tokenizer.encode_piece"),
+    "CLIP", "how text becomes tokens", 15,
+    wrong={
+        "a symbol that has been merged can't be merged again: go on after the pair":
+            ("i += 2", "i += 1"),
+        "all occurrences are merged, not only the first":
+            ("i += 2", "return merged + symbols[i + 2:]"),
+        "a pair has an order: (a, b) is not (b, a)":
+            ("tuple(symbols[i:i + 2]) == pair", "sorted(symbols[i:i + 2]) == sorted(pair)"),
+        "the last symbol is lost when it is not part of a pair":
+            ("while i < len(symbols):", "while i < len(symbols) - 1:"),
+        "of the pairs in the word, take the one that was learned first, not the leftmost":
+            ("min(known, key=self.ranks.get)", "known[0]"),
+        "rank 0 was learned first: take the smallest rank, not the largest":
+            ("min(known, key=self.ranks.get)", "max(known, key=self.ranks.get)"),
+        "merge again and again, until no neighbours can be merged":
+            ("while known :=", "if known :="),
+        "take the pair that was learned first, not the one with the most letters":
+            ("min(known, key=self.ranks.get)", "max(known, key=lambda pair: len(pair[0] + pair[1]))"),
+    },
+    same=(
+        ("min(known, key=self.ranks.get)", "sorted(known, key=lambda pair: self.ranks[pair])[0]"),
+        ("tuple(symbols[i:i + 2]) == pair", "i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair"),
+        ("while known := [pair for pair in zip(symbols, symbols[1:]) if pair in self.ranks]:\n"
+         "            symbols = merge(symbols, min(known, key=self.ranks.get))",
+         "for pair in self.ranks:\n            symbols = merge(symbols, pair)"),
+    ), draws=True)
+def byte_pairs(m):
+    learned = [("e", "r</w>"), ("l", "o"), ("lo", "w</w>"), ("o", "w"), ("n", "e"), ("w", "er</w>"), ("lo", "w"),
+               ("x", "y"), ("z", "x"), ("s", "t"), ("st", "u"), ("u", "v</w>")]
+    tokens = [*m.ALPHABET, *(left + right for left, right in learned), m.START, m.END]
+    tokenizer, given = m.Tokenizer({token: i for i, token in enumerate(tokens)}, learned), list("aaab")
+    m.merge(given, ("a", "a"))
+    return {f"merge({word}, {pair})": m.merge(list(word), tuple(pair))
+            for word, pair in (("aaabaa", "aa"), ("abbaab", "ab"), ("abcab", "xy"), ("aaaa", "aa"))} | {
+        f"encode_piece({word})": [tokenizer.tokens[i] for i in tokenizer.encode_piece(word)]
+        for word in ("low", "lower", "newer", "slowlow", "zxyq", "stuv", "a")} | {"the list given to merge": given}
+
+
+@exercise(
+    "Byte-pair encoding: learn the merges", "tokenizer/__init__.py", ("Tokenizer.train",), "CLIP",
+    "where a vocabulary comes from", 25,
+    wrong={
+        "a pair counts as often as its word stands in the captions":
+            ("for symbols, n in words:\n            for pair in zip(symbols, symbols[1:]):\n                counts[pair] += n",
+             "for symbols, n in words:\n            for pair in zip(symbols, symbols[1:]):\n                counts[pair] += 1"),
+        "of equally frequent pairs, take the one that sorts first, not the one seen first":
+            ("(-counts[pair], pair)", "-counts[pair]"),
+        "of equally frequent pairs, take the one that sorts first, not last":
+            ("min(counts, key=lambda pair: (-counts[pair], pair))", "max(counts, key=lambda pair: (counts[pair], pair))"),
+        "a pair that occurs once is not worth a token":
+            ("counts[best] < 2", "counts[best] < 1"),
+        "after a merge, the pairs that it replaced are no longer there":
+            ("counts[pair] -= n", "pass"),
+        "after a merge, the new symbol has neighbours: they are pairs too":
+            ("for pair in zip(merged, merged[1:]):\n                        counts[pair] += n", "pass"),
+        "stop after `merges` merges: yours makes one more":
+            ("len(learned) < merges", "len(learned) <= merges"),
+        "the vocabulary begins with ALPHABET; START and END come last":
+            ("[*ALPHABET, *(left + right for left, right in learned), START, END]",
+             "[START, END, *ALPHABET, *(left + right for left, right in learned)]"),
+        "START and END are whole tokens: no merges within them":
+            (" if piece not in (START, END)]", "]"),
+        "pairs are counted within pieces, never across words":
+            ("split(caption, repair=True)", "[caption]"),
+    },
+    same=(
+        ("min(counts, key=lambda pair: (-counts[pair], pair))",
+         "sorted(sorted(counts), key=counts.get, reverse=True)[0]"),
+        ("            for w, (symbols, n) in enumerate(words):\n"
+         "                if best[0] in symbols and best[1] in symbols:"
+         "  # only these can change, and counting all again is slow\n"
+         "                    merged = merge(symbols, best)\n"
+         "                    words[w] = merged, n\n"
+         "                    for pair in zip(symbols, symbols[1:]):\n"
+         "                        counts[pair] -= n\n"
+         "                    for pair in zip(merged, merged[1:]):\n"
+         "                        counts[pair] += n",
+         "            words = [(merge(symbols, best), n) for symbols, n in words]\n"
+         "            counts = Counter()\n"
+         "            for symbols, n in words:\n"
+         "                for pair in zip(symbols, symbols[1:]):\n"
+         "                    counts[pair] += n"),
+        ("if best[0] in symbols and best[1] in symbols:", "if best in zip(symbols, symbols[1:]):"),
+    ))
+def learning_merges(m):
+    found = {}
+    for name, captions, limit in (("words of different frequency", ["low low lot", "lot low"], 400),
+                                  ("equally frequent pairs", ["cd cd ab ab", "ef ab cd ef"], 400),
+                                  ("at most 3 merges", ["banana bandana banana"], 3),
+                                  ("repeated symbols", ["aaaa aaaa aaa"], 400),
+                                  ("START and END", [f"{m.START}tart{m.END} {m.START}tart{m.END}"], 400),
+                                  ("sentences", ["A red star above a RED square", "a blue square, a blue star"], 400)):
+        tokenizer = m.Tokenizer.train(captions, limit)
+        found[f"merges: {name}"], found[f"vocabulary: {name}"] = list(tokenizer.ranks), list(tokenizer.vocab)
+    return found
+
+
+@exercise(
+    "Global response normalisation", "wuerstchen.py", ("GlobalResponseNorm.forward",), "E.2, E.3",
+    "norms over space, not over channels", 5,
+    wrong={
+        "yours takes the norm over channels; GRN takes it over space, H and W": ("dim=(1, 2)", "dim=-1"),
+        "each image has its own norms: not over the batch": ("dim=(1, 2)", "dim=(0, 1, 2)"),
+        "the norm is over H and W: yours is over H only": ("dim=(1, 2)", "dim=1"),
+        "G is divided by its mean over channels, not by its sum": ("norm.mean(dim=-1", "norm.sum(dim=-1"),
+        "G is the L2 norm: the root is missing": (".sqrt()", ""),
+        "G is the L2 norm, not the sum of absolute values": (".square().sum", ".abs().sum", ".sqrt()", ""),
+        "x itself is missing: out = gamma·(x·N) + beta + x": ("(1 + self.gamma * response)", "(self.gamma * response)"),
+        "G is not divided by its mean": (" / (norm.mean(dim=-1, keepdim=True) + 1e-6)", ""),
+        "gamma scales only x·N, not x": ("1 + self.gamma * response", "self.gamma * (1 + response)"),
+        "beta is missing": ("self.beta.to(x.dtype)", "0 * self.beta.to(x.dtype)"),
+    },
+    same=(
+        ("(x.float().square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()", "x.norm(dim=(1, 2), keepdim=True)"),
+        ("square().sum(dim", "square().mean(dim"),
+        ("torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))",
+         "self.gamma * x * response + self.beta + x"),
+    ), draws=True)
+def grn(m):
+    module, x = randomised(m.GlobalResponseNorm(3)), noise(2, 4, 5, 3) * torch.tensor([0.5, 1, 3])
+    out = module(x.requires_grad_())
+    return {"output": out.detach(), "gradient": torch.autograd.grad(out.square().sum(), x)[0]}
+
+
+@exercise(
+    "Time: its embedding, and TimestepBlock", "wuerstchen.py", ("time_embedding", "TimestepBlock.forward"), "E.2, E.3",
+    "how a network learns the time", 10,
+    wrong={
+        "the frequencies end at 1/10,000: divide k by width/2 − 1, not by width/2": ("(half - 1)", "half"),
+        "t is in [0, 1]: multiply it by 10,000 first": ("t[:, None] * 10000 *", "t[:, None] *"),
+        "sines come first, then cosines": ("[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]"),
+        "all sines, then all cosines; yours alternate": ("torch.cat([angles.sin(), angles.cos()], dim=1)",
+                                                        "torch.stack([angles.sin(), angles.cos()], 2).flatten(1)"),
+        "frequencies fall from 1: the exponent is negative": ("-math.log", "math.log"),
+        "x is scaled by 1 + a, not by a: with a = b = 0 the block does nothing": ("x * (1 + a) + b", "x * a + b"),
+        "a comes first, then b": ("a, b = self", "b, a = self"),
+        "the first half of the channels is a, the second b; yours alternate":
+            (".chunk(2, dim=-1)", ".unflatten(-1, (-1, 2)).unbind(-1)"),
+        "b is added": ("x * (1 + a) + b", "x * (1 + a)"),
+    },
+    same=(
+        ("torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))",
+         "10000 ** (-torch.arange(half) / (half - 1))"),
+        ("x * (1 + a) + b", "x + x * a + b"),
+        ("torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))",
+         "torch.logspace(0, -4, half)"),
+    ), draws=True)
+def time_blocks(m):
+    module, x = randomised(m.TimestepBlock(3, 8)), noise(2, 4, 5, 3)
+    return {"time_embedding": m.time_embedding(torch.tensor([0.0, 0.001, 0.01, 0.02]), 8),
+            "TimestepBlock": module(x, noise(2, 8)).detach()}
+
+
+@exercise(
+    "Attention, and what a text token may see", "wuerstchen.py", ("Attention.attend", "TextEncoder.forward"), "CLIP",
+    "heads, the causal mask, padding", 20,
+    wrong={
+        "divide by √d, d being the width of a head": ("attn_mask=mask)", "attn_mask=mask, scale=1.0)"),
+        "d is the width of one head, not of all": ("attn_mask=mask)",
+                                                   "attn_mask=mask, scale=(self.heads * q.shape[-1]) ** -0.5)"),
+        "a head is a run of neighbouring channels; yours are interleaved":
+            ("(self.heads, -1)).transpose(1, 2)", "(-1, self.heads)).permute(0, 3, 1, 2)"),
+        "put the heads back beside each other: transpose before you flatten":
+            ("attn_mask=mask).transpose(1, 2).flatten(2)", "attn_mask=mask).reshape(len(q), q.shape[2], -1)"),
+        "the last Linear is missing": ("self.out(F.scaled", "(F.scaled"),
+        "the mask is not used": ("attn_mask=mask", "attn_mask=None"),
+        "the mask is True where x may look; yours is inverted": ("attn_mask=mask",
+                                                                 "attn_mask=None if mask is None else ~mask"),
+        "a token sees those before it, not those after it": (".tril()", ".triu()"),
+        "no token sees padding": ("causal & mask[:, None, None]", "causal.expand(len(ids), 1, -1, -1)"),
+        "a token does not see those after it": ("causal & mask[:, None, None]", "mask[:, None, None]"),
+        "padding is what can't be seen (keys), not what can't see (queries)":
+            ("causal & mask[:, None, None]", "causal & (mask[:, None, :, None] | (torch.arange(ids.shape[1]) == 0))"),
+        "the positions are missing": (" + self.positions[: ids.shape[1]]", ""),
+        "the last LayerNorm is missing": ("return self.norm(x)", "return x"),
+    },
+    same=(
+        ("F.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
+         "((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~(torch.tensor(True) if mask is None else mask), -torch.inf)"
+         ".softmax(dim=-1) @ v)"),
+        (".transpose(1, 2) for y in (q, k, v))", ".movedim(2, 1) for y in (q, k, v))"),
+        ("torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()",
+         "torch.arange(ids.shape[1])[:, None] >= torch.arange(ids.shape[1])"),
+    ), draws=True)
+def attention(m):
+    module, encoder = randomised(m.Attention(8, 2)), randomised(m.TextEncoder(m.TextConfig(40, 6, 8, 2, 2, 16)))
+    q, k, v, mask = noise(2, 5, 8), noise(2, 7, 8), noise(2, 7, 8), torch.rand(2, 1, 5, 7) < 0.6
+    mask[..., 0] = True
+    masks = torch.arange(6) < torch.tensor([[4], [6]])
+    with torch.no_grad():
+        return {"attend": module.attend(q, k, v), "attend with a mask": module.attend(q, k, v, mask),
+                "TextEncoder": encoder(torch.randint(40, (2, 6)), masks)}
+
+
+@exercise(
+    "AttnBlock: self- and cross-attention in one", "wuerstchen.py", ("AttnBlock.keys_values", "AttnBlock.forward"),
+    "E.2, E.3", "how text enters the image", 15,
+    wrong={
+        "the SiLU is missing": ("self.kv(F.silu(text))", "self.kv(text)"),
+        "the SiLU comes before the Linear": ("self.kv(F.silu(text))", "F.silu(self.kv(text))"),
+        "x attends to the text only: its own positions are missing":
+            ("torch.cat([self.attention.k(h), text_kv[0]], dim=1)", "text_kv[0]",
+             "torch.cat([self.attention.v(h), text_kv[1]], dim=1)", "text_kv[1]"),
+        "x attends to itself only: the text is missing":
+            ("torch.cat([self.attention.k(h), text_kv[0]], dim=1)", "self.attention.k(h)",
+             "torch.cat([self.attention.v(h), text_kv[1]], dim=1)", "self.attention.v(h)"),
+        "the residual is missing: x + attention": ("return x + self", "return self"),
+        "the LayerNorm is missing": ("self.norm(x)", "x"),
+        "queries are made from the normalised x too": ("self.attention.q(h)", "self.attention.q(x.flatten(1, 2))"),
+        "values have a Linear of their own, v": ("self.attention.v(h)", "self.attention.k(h)"),
+        "keys come first, then values": ("self.attention.k(text), self.attention.v(text)",
+                                         "self.attention.v(text), self.attention.k(text)"),
+        "the text passes through the attention's k and v as well": ("self.attention.k(text), self.attention.v(text)",
+                                                                   "text, text"),
+    },
+    same=(
+        ("torch.cat([self.attention.k(h), text_kv[0]], dim=1)", "torch.cat([text_kv[0], self.attention.k(h)], dim=1)",
+         "torch.cat([self.attention.v(h), text_kv[1]], dim=1)", "torch.cat([text_kv[1], self.attention.v(h)], dim=1)"),
+        (".view_as(x)", ".unflatten(1, x.shape[1:3])"),
+        ("self.norm(x).flatten(1, 2)", "F.layer_norm(x.flatten(1, 2), x.shape[-1:], eps=1e-6)"),
+    ), draws=True)
+def attn_block(m):
+    block, x = randomised(m.AttnBlock(8, 6, heads=2)), noise(2, 3, 4, 8) + 1
+    text_kv = noise(2, 5, 8), noise(2, 5, 8)
+    with torch.no_grad():
+        keys, values = block.keys_values(noise(2, 5, 6))
+        return {"keys": keys, "values": values, "forward": block(x, text_kv)}
+
+
+@exercise(
+    "CLIP: one vector per caption, and the contrastive loss", "wuerstchen.py",
+    ("CLIP.embed_text", "CLIP.compare", "contrastive_loss"), "CLIP", "how a text encoder is trained", 20,
+    wrong={
+        "one too far: the last token of the caption has the number mask.sum() − 1":
+            ("mask.sum(dim=1) - 1", "mask.sum(dim=1)"),
+        "the last position is padding: take the caption's own end token":
+            ("mask.sum(dim=1) - 1", "torch.full((len(ids),), -1)"),
+        "take the end token, not the mean over tokens":
+            ("[torch.arange(len(ids), device=ids.device), end]", ".mean(dim=1)"),
+        "the vectors have length 1": ("F.normalize(self.text_projection(text).float(), dim=-1)",
+                                      "self.text_projection(text).float()"),
+        "the projection is missing": ("self.text_projection(text).float()", "text.float()"),
+        "logit_scale is the logarithm of the scale": ("self.logit_scale.exp()", "self.logit_scale"),
+        "multiply by the scale, don't divide": ("self.logit_scale.exp().clamp(max=100)",
+                                               "1 / self.logit_scale.exp().clamp(max=100)"),
+        "the scale is at most 100": (".clamp(max=100)", ""),
+        "both directions: the images for each caption are missing":
+            ("(F.cross_entropy(logits, per_image) + F.cross_entropy(logits[:, :B].T, per_caption)) / 2",
+             "F.cross_entropy(logits, per_image)"),
+        "both directions: the captions for each image are missing":
+            ("(F.cross_entropy(logits, per_image) + F.cross_entropy(logits[:, :B].T, per_caption)) / 2",
+             "F.cross_entropy(logits[:, :B].T, per_caption)"),
+        "average the two directions, don't add them": ("per_caption)) / 2", "per_caption))"),
+        "transpose the logits for the second direction": ("logits[:, :B].T", "logits[:, :B]"),
+        "captions that are equal are all right": ("(ids[:B, None] == ids[None]).all(dim=-1).float()",
+                                                  "torch.eye(B, len(ids))"),
+        "hard negatives are wrong captions for every image, and count as such":
+            ("F.cross_entropy(logits, per_image)",
+             "F.cross_entropy(logits[:, :B], same[:, :B] / same[:, :B].sum(1, keepdim=True))"),
+    },
+    same=(
+        ("F.cross_entropy(logits, per_image)", "-(logits.log_softmax(dim=1) * per_image).sum(dim=1).mean()"),
+        ("F.normalize(self.text_projection(text).float(), dim=-1)",
+         "(lambda y: y / y.norm(dim=-1, keepdim=True))(self.text_projection(text))"),
+        ("mask.sum(dim=1) - 1", "mask.long().cumsum(dim=1).argmax(dim=1)"),
+        ("clamp(max=100) * image @ text.T", "clamp(max=100) * torch.einsum('bc,nc->bn', image, text)"),
+    ))
+def clip(m):
+    model, ids = randomised(m.CLIP(small_config(m))), torch.randint(40, (3, 8))
+    model.logit_scale.data.fill_(2.0)
+    image, text, logits = F.normalize(noise(3, 5), dim=1), F.normalize(noise(4, 5), dim=1), noise(3, 5)
+    captions = torch.tensor([[1, 2], [3, 4], [1, 3], [4, 4], [5, 6]])
+    with torch.no_grad():
+        found = {"embed_text": model.embed_text(ids, torch.arange(8) < torch.tensor([[3], [5], [7]])),
+                 "compare": model.compare(image, text)}
+        model.logit_scale.fill_(10.0)
+        found["compare at the largest scale"] = model.compare(image, text)
+    found["contrastive_loss"] = m.contrastive_loss(logits[:, :3], captions[:3])
+    found["contrastive_loss with hard negatives"] = m.contrastive_loss(logits, captions)
+    captions[1] = captions[3] = captions[0]
+    return found | {"contrastive_loss with equal captions": m.contrastive_loss(logits, captions)}
+
+
+@exercise(
+    "The quantizer of Stage A", "wuerstchen.py", ("Quantizer.forward",), "3.1, E.1",
+    "gradients through a choice that has none", 15,
+    wrong={
+        "the nearest entry has the smallest distance": (".argmin(dim=1)", ".argmax(dim=1)"),
+        "0.25 belongs to the other term, the commitment": (
+            "F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())",
+            "0.25 * F.mse_loss(quantized, x.detach()) + F.mse_loss(x, quantized.detach())"),
+        "the commitment term is missing": (" + 0.25 * F.mse_loss(x, quantized.detach())", ""),
+        "the codebook term is missing": ("F.mse_loss(quantized, x.detach()) + 0.25", "0.25"),
+        "each term moves one side only: the other has no gradient": (
+            "F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())",
+            "1.25 * F.mse_loss(quantized, x)"),
+        "straight-through: the gradient of the output goes to x, not to the codebook": (
+            "x + (quantized - x).detach()", "quantized"),
+        "the output's value is the codebook entry; yours is x": ("x + (quantized - x).detach()", "x"),
+        "the terms are means, not sums": (
+            "F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())",
+            "(quantized - x.detach()).square().sum() + 0.25 * (x - quantized.detach()).square().sum()"),
+        "codes have the shape of x without channels, (B, h, w)": (
+            "codes = codes.view(x.shape[:-1])\n        quantized = F.embedding(codes, self.codebook)",
+            "quantized = F.embedding(codes, self.codebook).view_as(x)"),
+    },
+    same=(
+        ("torch.cdist(x.detach().float().flatten(0, 2), self.codebook.detach().float()).argmin(dim=1)",
+         "(self.codebook.square().sum(dim=1) - 2 * x.flatten(0, 2) @ self.codebook.T).argmin(dim=1)"),
+        ("F.embedding(codes, self.codebook)", "F.one_hot(codes, len(self.codebook)).float() @ self.codebook"),
+        ("F.mse_loss(quantized, x.detach()) + 0.25 * F.mse_loss(x, quantized.detach())",
+         "((quantized - x.detach()) ** 2 + 0.25 * (quantized.detach() - x) ** 2).mean()"),
+        ("x + (quantized - x).detach()", "quantized.detach() + x - x.detach()"),
+    ))
+def quantizer(m):
+    module, x = randomised(m.Quantizer(6, 3)), noise(2, 3, 4, 3).requires_grad_()
+    quantized, codes, loss = module(x)
+
+    def gradient(y):
+        given = torch.autograd.grad(y, (x, module.codebook), retain_graph=True, allow_unused=True)
+        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                          for p, g in zip((x, module.codebook), given)])
+
+    return {"quantized": quantized.detach(), "codes": codes, "loss": loss.detach(), "gradient of the loss":
+            gradient(loss), "gradient of quantized": gradient((quantized * noise(2, 3, 4, 3)).sum())}
+
+
+@exercise(
+    "Stage C's prediction of the noise", "wuerstchen.py", ("StageC.predict_eps",), "3.2, E.3",
+    "a network that starts as the right answer", 10,
+    wrong={
+        "1 − b can be negative: take its absolute value": ("(1 - b.float()).abs()", "(1 - b.float())"),
+        "that is Stage B's b, with a sigmoid": ("((1 - b.float()).abs() + 1e-5)",
+                                               "(b.float().sigmoid() * (1 - 2e-3) + 1e-3)"),
+        "the first half of the channels is a, the second b": ("a, b =", "b, a ="),
+        "a is missing: eps = (x − a)/(|1 − b| + 1e-5)": ("(x - a)", "x"),
+        "1e-5 is missing: |1 − b| can be 0": (" + 1e-5", ""),
+        "the last LayerNorm is missing": ("self.out(self.out_norm(h))", "self.out(h)"),
+        "divide by |1 − b|, not by |b|: with a = b = 0, eps is x": ("(1 - b.float()).abs()", "b.float().abs()"),
+        "the time is not used": ("time_embedding(t,", "time_embedding(0 * t,"),
+        "yours predicts a; eps follows from it": ("return (x - a) / ((1 - b.float()).abs() + 1e-5)", "return a"),
+    },
+    same=(
+        ("(1 - b.float()).abs()", "(b - 1).abs()"),
+        (".chunk(2, dim=-1)", ".split(x.shape[-1], dim=-1)"),
+        ("(x - a) / ((1 - b.float()).abs() + 1e-5)", "torch.div(x, (1 - b).abs() + 1e-5) - a / ((1 - b).abs() + 1e-5)"),
+    ), draws=True)
+def stage_c(m):
+    stage = randomised(m.StageC(small_config(m)))
+    x, t, found = noise(2, 3, 3, 4), torch.tensor([0.3, 0.9]), {}
+    with torch.no_grad():
+        stage.out.weight *= 3
+        conditions = stage.encode_conditions(noise(2, 8, 12))
+        found["eps"] = stage.predict_eps(x, t, conditions)
+        stage.out.weight.zero_()
+        for b in (0.0, 1.0, 3.0):
+            stage.out.bias[:] = torch.tensor([0.5] * 4 + [b] * 4)
+            found[f"eps where a = 0.5, b = {b:.0f}"] = stage.predict_eps(x, t, conditions) * (1e-5 if b == 1 else 1)
+    return found
+
+
+@exercise(
+    "The noise schedule, and adding noise", "wuerstchen.py", ("alpha_bar", "add_noise"), "3.2",
+    "how much of the image is left at a time", 10,
+    wrong={
+        "ᾱ is clamped to [0.0001, 0.9999]": (".clamp(0.0001, 0.9999)", ""),
+        "the cosine is squared": ("torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2",
+                                  "torch.cos((t + s) / (1 + s) * math.pi / 2)"),
+        "divide by the value at t = 0": (" / start)", ")"),
+        "the offset s is missing": ("s = 0.008", "s = 0.0"),
+        "that is the noise's share: ᾱ is 1 at t = 0": ("torch.cos((t", "torch.sin((t"),
+        "the signal is scaled by √ᾱ, not by ᾱ": ("signal.sqrt() * x0", "signal * x0"),
+        "the noise is scaled by √(1 − ᾱ), not by 1 − ᾱ": ("(1 - signal).sqrt() * eps", "(1 - signal) * eps"),
+        "the noise is scaled by √(1 − ᾱ), not by 1 − √ᾱ": ("(1 - signal).sqrt() * eps", "(1 - signal.sqrt()) * eps"),
+        "x0 and eps are exchanged": ("signal.sqrt() * x0 + (1 - signal).sqrt() * eps",
+                                     "signal.sqrt() * eps + (1 - signal).sqrt() * x0"),
+        "each image has its own time": ("alpha_bar(t).view(-1,", "alpha_bar(t)[:1].view(-1,"),
+    },
+    same=(
+        ("(torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / start)",
+         "((1 + torch.cos((t + s) / (1 + s) * math.pi)) / (1 + math.cos(s / (1 + s) * math.pi)))"),
+        ("alpha_bar(t).view(-1, *[1] * (x0.dim() - 1))", "alpha_bar(t).reshape((-1,) + (1,) * (x0.ndim - 1))"),
+        (".clamp(0.0001, 0.9999)", ".maximum(torch.tensor(1e-4)).minimum(torch.tensor(0.9999))"),
+    ), draws=True, tolerance=1e-5)
+def noising(m):
+    t = torch.tensor([0.3, 0.8])
+    return {"alpha_bar": m.alpha_bar(torch.linspace(0, 1, 11)),
+            "alpha_bar of a scalar": m.alpha_bar(torch.tensor(0.4)),
+            "add_noise to images": m.add_noise(noise(2, 3, 4, 5), noise(2, 3, 4, 5), t),
+            "add_noise to vectors": m.add_noise(noise(2, 3), noise(2, 3), t)}
+
+
+@exercise(
+    "The loss with the P2 weight", "wuerstchen.py", ("diffusion_loss",), "3.2",
+    "which times count; where paper and code differ", 10,
+    wrong={
+        "(1 − ᾱ)/(1 + ᾱ) is what the paper prints; the authors' code, which trained the published weights, has 1 − ᾱ":
+            ("(1 - alpha_bar(t)) *", "(1 - alpha_bar(t)) / (1 + alpha_bar(t)) *"),
+        "the weight is missing": ("(1 - alpha_bar(t)) * ", ""),
+        "the weight is 1 − ᾱ, more for noisy images": ("(1 - alpha_bar(t)) *", "alpha_bar(t) *"),
+        "that is the signal-to-noise ratio; P2 divides by 1 + ratio": ("(1 - alpha_bar(t)) *",
+                                                                      "alpha_bar(t) / (1 - alpha_bar(t)) *"),
+        "weight each image's own error, then take the mean": ("(1 - alpha_bar(t)) *", "(1 - alpha_bar(t)).mean() *"),
+        "the mean over pixels and channels, not the sum": (".mean(dim=1)", ".sum(dim=1)"),
+        "the error is squared": (".square()", ".abs()"),
+        "the mean over images, not a mean weighted to 1": (
+            "return (", "return (1 / (1 - alpha_bar(t)).mean()) * ("),
+    },
+    same=(
+        ("(1 - alpha_bar(t)) *", "1 / (1 + alpha_bar(t) / (1 - alpha_bar(t))) *"),
+        ("((1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()",
+         "((1 - alpha_bar(t)).view(-1, 1, 1, 1) * (predicted - eps) ** 2).mean()"),
+        ("(eps - predicted).square().flatten(1).mean(dim=1)", "torch.stack([F.mse_loss(p, e) for e, p in "
+                                                             "zip(eps, predicted)])"),
+    ))
+def p2(m):
+    eps, predicted, t = noise(3, 4, 4, 2), noise(3, 4, 4, 2).requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
+    loss = m.diffusion_loss(eps, predicted, t)
+    return {"loss": loss.detach(), "gradient": 10 * torch.autograd.grad(loss, predicted)[0]}
+
+
+@exercise(
+    "One step back: DDPM and DDIM", "wuerstchen.py", ("predict_x0", "ddpm_step", "ddim_step"), "3.3",
+    "from noise towards the image", 20,
+    wrong={
+        "x0: divide by √ᾱ": ("(x - (1 - signal).sqrt() * eps) / signal.sqrt()", "(x - (1 - signal).sqrt() * eps)"),
+        "x0: the noise is scaled by √(1 − ᾱ)": ("(1 - signal).sqrt() * eps", "(1 - signal) * eps"),
+        "α is ᾱ(t)/ᾱ(t_next), the step's own, not ᾱ(t)": ("alpha = now / after", "alpha = now"),
+        "α is ᾱ(t)/ᾱ(t_next), not the inverse": ("alpha = now / after", "alpha = after / now",
+                                                "/ (1 - now)).sqrt()", "/ (1 - now)).abs().sqrt()"),
+        "no noise at the last step, where t_next = 0": (" * (t_next != 0)", ""),
+        "std: (1 − α)·(1 − ᾱ(t_next))/(1 − ᾱ(t)), not 1 − α": ("((1 - alpha) * (1 - after) / (1 - now)).sqrt()",
+                                                              "(1 - alpha).sqrt()"),
+        "std is the root of that": ("(1 - now)).sqrt()", "(1 - now))"),
+        "mean: divide by √α": (" / alpha.sqrt()", ""),
+        "mean: eps is divided by √(1 − ᾱ(t))": ("eps / (1 - now).sqrt()", "eps / (1 - now)"),
+        "DDIM: the noise and the signal are those of t_next, not of t": ("after = alpha_bar(t_next)\n    return",
+                                                                       "after = alpha_bar(t)\n    return"),
+        "DDIM: eps is added back, for t_next": (" + (1 - after).sqrt() * eps", ""),
+        "DDIM: x0 counts with √ᾱ, eps with √(1 − ᾱ)": (
+            "after.sqrt() * predict_x0(x, eps, t) + (1 - after).sqrt() * eps",
+            "(1 - after).sqrt() * predict_x0(x, eps, t) + after.sqrt() * eps"),
+    },
+    same=(
+        ("mean = (x - (1 - alpha) * eps / (1 - now).sqrt()) / alpha.sqrt()",
+         "x0 = predict_x0(x, eps, t)\n    mean = (after.sqrt() * (1 - alpha) * x0 "
+         "+ alpha.sqrt() * (1 - after) * x) / (1 - now)"),
+        ("std * z * (t_next != 0)", "(std * z if t_next > 0 else 0)"),
+        ("(x - (1 - signal).sqrt() * eps) / signal.sqrt()", "x / signal ** 0.5 - (1 / signal - 1) ** 0.5 * eps"),
+    ), draws=True)
+def steps(m):
+    x, eps, z = noise(2, 3, 3, 4), noise(2, 3, 3, 4), noise(2, 3, 3, 4)
+    found = {}
+    for t, t_next in ((0.9, 0.8), (0.5, 0.2), (0.2, 0.0)):
+        times = torch.tensor(t), torch.tensor(t_next)
+        found[f"predict_x0 at {t}"] = m.predict_x0(x, eps, times[0])
+        found[f"ddpm_step from {t} to {t_next}"] = m.ddpm_step(x, eps, *times, z)
+        found[f"ddim_step from {t} to {t_next}"] = m.ddim_step(x, eps, *times)
+    return found
+
+
+@exercise(
+    "The sampling loop, with classifier-free guidance", "wuerstchen.py", ("sample",), "3.3",
+    "how all of it draws", 25,
+    wrong={
+        "guidance is reversed: it must lead to the conditional prediction": ("torch.lerp(unconditional, conditional,",
+                                                                            "torch.lerp(conditional, unconditional,"),
+        "the conditions are B conditional rows, then B unconditional ones: double x the same way":
+            ("torch.cat([x, x])", "x.repeat_interleave(2, dim=0)"),
+        "with guidance 1, only the conditional prediction is left: your guidance is one too high":
+            ("conditional, guidance)", "conditional, 1 + guidance)"),
+        "the network must know the time that x is at, t, not t_next": ("t.expand(2 * len(x))", "t_next.expand(2 * len(x))",
+                                                                      "t.expand(len(x))", "t_next.expand(len(x))"),
+        "the steps go up to the last time: yours leave out the last one": ("times[1:])", "times[1:-1])"),
+        "return the last x, not the last x0": ("            x = after_step(x, x0, t_next)\n    return x",
+                                               "            x = after_step(x, x0, t_next)\n    return x0"),
+        "what after_step returns is the new x": ("x = after_step(x, x0, t_next)", "after_step(x, x0, t_next)"),
+        "after_step is given the x0 of this step's start, estimated before the step": (
+            "        if after_step is not None:", "        x0 = predict_x0(x, eps, t_next)\n"
+                                                   "        if after_step is not None:"),
+        "the noise comes from normal_noise with the generator: else a seed has no effect": (
+            "normal_noise(x.shape, generator, x.device)", "torch.randn_like(x)"),
+        "each step has new noise": ("    for t, t_next in", "    z = normal_noise(x.shape, generator, x.device)\n"
+                                    "    for t, t_next in",
+                                    "ddpm_step(x, eps, t, t_next, normal_noise(x.shape, generator, x.device))",
+                                    "ddpm_step(x, eps, t, t_next, z)"),
+        "guidance below 1 is guidance too, 0 for example": ("if guidance == 1:", "if guidance <= 1:",
+                                                           "network(x, t.expand(len(x)), conditions)",
+                                                           "network(x, t.expand(len(x)), conditions[:len(x)])"),
+        "an unknown sampler is a ValueError": ("raise ValueError(f\"unknown sampler {sampler}\")", "pass"),
+    },
+    same=(
+        ("torch.lerp(unconditional, conditional, guidance)", "unconditional + guidance * (conditional - unconditional)"),
+        ("torch.lerp(unconditional, conditional, guidance)", "guidance * conditional - (guidance - 1) * unconditional"),
+        ("conditional, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)",
+         "B = len(x)\n            both = network(x.repeat(2, 1, 1, 1), t.repeat(2 * B), conditions)\n"
+         "            conditional, unconditional = both[:B], both[B:]"),
+    ), draws=True)
+def sampling(m):
+    def network(x, t, conditions):
+        return 0.1 * x * t.view(-1, 1, 1, 1) + conditions.view(-1, 1, 1, 1) + 0.05 * t.view(-1, 1, 1, 1) ** 2
+
+    def run(guidance, sampler="ddpm", **options):
+        rows = torch.tensor([0.3, -0.2, 0.1]), torch.tensor([-0.4, 0.2, 0.05])
+        generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(5)  # the global one must not matter
+        return m.sample(network, x, torch.tensor([1.0, 0.6, 0.3, 0.0]), rows[0] if guidance == 1 else torch.cat(rows),
+                        guidance, generator, sampler, **options)
+
+    x, seen = noise(3, 2, 2, 4), []
+    found = {f"{sampler}, guidance {guidance}": run(guidance, sampler)
+             for guidance, sampler in itertools.product((1.0, 0.0, 0.5, 3.0), ("ddpm", "ddim"))}
+    found["a changed x"] = run(2.0, after_step=lambda x, x0, t_next: seen.append((x, x0, t_next)) or 0.5 * x + 0.1)
+    found |= {f"{what} given to after_step": torch.stack(values)
+              for what, values in zip(("x", "x0", "t_next"), zip(*seen))}
+    try:
+        run(1.0, "heun")
+        found["an unknown sampler"] = "no error"
+    except ValueError:
+        found["an unknown sampler"] = "ValueError"
+    return found
+
+
+@exercise(
+    "Stage B's loss", "train.py", ("stage_b_loss",), "3.1, E.2",
+    "which conditions are dropped and noised, and why", 25,
+    wrong={
+        "Stage B's x0 are the latents divided by scale": ("x0 = latents / scale", "x0 = latents"),
+        "inverted: 25 % of the captions are dropped, not 75 %": ("torch.where(drop_text, null_text, text)",
+                                                                "torch.where(drop_text, text, null_text)"),
+        "no captions are dropped": ("torch.where(drop_text, null_text, text)", "text"),
+        "a dropped caption is replaced by the null caption, not by zeros":
+            ("torch.where(drop_text, null_text, text)", "torch.where(drop_text, 0, text)"),
+        "no semantic latents are zeroed": ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)", "semantic"),
+        "inverted: 5 % of the semantic latents are zeroed, not 95 %":
+            ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)",
+             "torch.where(bernoulli_mask(0.05, semantic), semantic, 0)"),
+        "semantic latents are noised only where there is a caption": (" & ~drop_text[..., None]", ""),
+        "no semantic latents are noised": ("torch.where(bernoulli_mask(0.3, semantic) & ~drop_text[..., None], noised, "
+                                           "semantic)", "semantic"),
+        "semantic latents are noised to times in [0, 0.5], not in [0, 1]": (" / 2)\n", ")\n"),
+        "the times are those of Stage C; Stage B's are σ(0.5 + normal noise)":
+            ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))", "training_times(len(x0), x0.device)"),
+        "the noise has the deviation 1": ("torch.randn_like(x0)\n", "torch.rand_like(x0)\n"),
+        "the network is given x_t, not x0": ("b(add_noise(x0, eps, t), t,", "b(x0, t,"),
+        "the compressor learns from this loss: no detach, no no_grad": ("compressor(small).float()",
+                                                                       "compressor(small).float().detach()"),
+    },
+    same=(
+        ("torch.rand(len(small), device=small.device) / 2", "torch.empty(len(small)).uniform_(0, 0.5)"),
+        ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)",
+         "semantic * (torch.rand(len(semantic), 1, 1, 1) >= 0.05)"),
+        ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))",
+         "1 / (1 + torch.exp(-torch.normal(0.5, 1.0, (len(x0),))))"),
+        ("    drop_text = bernoulli_mask(0.25, text)\n", "    torch.rand(3)\n    drop_text = bernoulli_mask(0.25, text)\n"),
+    ), tolerance=0.03)
+def stage_b(m):
+    rows, latents, seen = 20_000, 0.2, []
+    w = torch.tensor(10.0, requires_grad=True)
+
+    def compressor(small):  # each image's e: 10, in 16 channels
+        return (w * torch.ones_like(small[:, :1, :1, :1])).expand(-1, 1, 1, 16)
+
+    def b(x, t, semantic, text):
+        seen.append((x, t, semantic, text))
+        return 0.1 * semantic[..., :4].expand_as(x)
+
+    text, null_text = torch.ones(rows, 3, 2), torch.full((1, 3, 2), -1.0)
+    loss = m.stage_b_loss(b, compressor, torch.tensor(0.4), torch.rand(rows, 3, 3, 3),
+                          torch.full((rows, 2, 2, 4), latents), text, null_text)
+    (x, t, semantic, text), = seen
+    semantic, signal = semantic.detach().flatten(1), wuerstchen.alpha_bar(t).view(-1, 1, 1, 1)
+    eps = (x - signal.sqrt() * latents / 0.4) / (1 - signal).sqrt()
+    null, zero = (text == -1).flatten(1).all(dim=1), (semantic == 0).all(dim=1)
+    noised = ~zero & ((semantic - 10).abs() > 1e-4).any(dim=1)
+    expected = ((1 - signal) * (eps - (0.1 * semantic[:, :4]).view(-1, 1, 1, 4)).square()).mean()
+    signal_e = (semantic.mean(dim=1) / 10)[noised]
+
+    def mean(values):
+        return values.float().mean() if len(values) else torch.tensor(-1.0)
+
+    return {"share of null captions": mean(null), "captions that are neither kept nor null":
+            mean((text != 1).flatten(1).any(dim=1) & ~null),
+            "share of zeroed e": mean(zero), "share of zeroed e where there is no caption": mean(zero[null]),
+            "share of noised e": mean(noised[~null & ~zero]), "share of noised e without a caption": mean(noised[null]),
+            "signal in noised e": mean(signal_e), "deviation of noised e": mean(semantic.std(dim=1)[noised]),
+            "times: mean": mean(t), "times: mean square": mean(t ** 2),
+            "noise: mean": eps.mean(), "noise: deviation": eps.std(), "loss over the loss of what b was given":
+            (loss / expected).detach(), "gradient of the compressor": (
+                torch.autograd.grad(loss, w)[0] / loss.detach() if loss.requires_grad else torch.tensor(0.0))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments with the trained run. The figures expected are those of `experiment NAME` itself.
+
+EXPERIMENTS = {  # name: (question, what to expect)
+    "guidance": ("What does the guidance scale of Stage C change?", "TODO"),
+    "steps": ("How few steps does Stage C need?", "TODO"),
+    "stages": ("Who does what: Stage C, Stage B, and Stage B's caption (appendix D)?", "TODO"),
+    "null": ("What does the null caption draw?", "TODO"),
+}
+
+
+@torch.no_grad()
+def experiment(name, count=64):
+    """Prints the share of captions that come out right under each setting, and writes lab_NAME.png with the first
+    six."""
+    from score import check, check_all
+    from train import Shapes
+    model = sample.Wuerstchen.load(HERE / "tests" / "shapes")
+    captions, seeds, rows = [Shapes(split="test").caption(i) for i in range(count)], list(range(count)), {}
+    if name == "guidance":
+        for scale in (0, 1, 2, 4, 8, 16):
+            rows[f"guidance {scale}"] = model.generate(captions, guidance=(scale, 1), seed=seeds)
+    elif name == "steps":
+        for steps in (1, 2, 4, 8, 16, 60):
+            rows[f"{steps} steps"] = model.generate(captions, steps=(steps, 12), guidance=(2, 1), seed=seeds)
+    elif name == "stages":
+        none, cells = [""] * count, (count, model.config.cells, model.config.cells, model.config.semantic_channels)
+        from_c = model.sample_c(sample.normal_noise(cells, sample.generators(seeds, count), "cpu"),
+                                sample.timesteps(60, "cpu"), captions, guidance=2.0)
+        for row, semantic, given in (("C, and B with the caption", from_c, captions), ("C, and B without it", from_c, none),
+                                     ("B alone with the caption", torch.zeros(cells), captions)):
+            rows[row] = model.from_semantic(semantic, given, generator=sample.generators(seeds, count))
+    elif name == "null":
+        rows["null caption"] = model.generate([""] * count, guidance=(1, 1), seed=seeds)
+        drawn = (rows["null caption"] * 255).round().byte().numpy()
+        for number, caption in (("one object", "a red star"), ("two objects", "a red star above a red circle")):
+            print(f"{number}: {sum(check(image, caption)['count'][0] for image in drawn) / count:.0%}")
+    for row, images in rows.items() if name != "null" else ():
+        print(f"{row:28} {check_all(images, captions)['whole']:6.1%} of {count} captions right")
+    sheet = sample.make_sheet([images[:6] for images in rows.values()], captions[:6] if name != "null" else ())
+    sheet.save(f"lab_{name}.png")
+    print(f"lab_{name}.png: a row for each setting, in this order\nexpected: {EXPERIMENTS[name][1]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands.
+
+
+def list_exercises():
+    for number, task in enumerate(EXERCISES, 1):
+        print(f"{number:3}  {task.title} ({task.file.removesuffix('/__init__.py')}: {', '.join(task.names)})\n"
+              f"     section {task.section}; {task.learned}; {lines_of(task)} lines, {task.minutes} minutes")
+    print("\nExperiments with the trained run (experiment NAME):")
+    for name, (question, _) in EXPERIMENTS.items():
+        print(f"  {name:10} {question}")
+
+
+def start(numbers, folder):
+    """Copies the project to a new folder, and cuts the exercises out of the copy. The reference stays in .reference."""
+    for name in ("tokenizer", "tests"):
+        shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "test_lab.py"))
+    for name in ("wuerstchen.py", "train.py", "sample.py", "README.md", "LICENSE", "requirements.txt"):
+        shutil.copy(HERE / name, folder)
+    for file in FILES:
+        (folder / ".reference" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REFERENCE / file, folder / ".reference" / file)
+    for number in numbers:
+        path = folder / EXERCISES[number - 1].file
+        path.write_text(cut(path.read_text("utf-8"), number), "utf-8")
+    print(f"{folder}: exercises {', '.join(map(str, numbers))} are yours to write\n"
+          f"then, in {folder}: python tests/lab.py check")
+
+
+def check(numbers):
+    """Grades each exercise in a process of its own, which a wrong answer can't keep from ending."""
+    right = 0
+    for number in numbers:
+        try:
+            right += subprocess.run([sys.executable, __file__, "grade", str(number)], timeout=SECONDS).returncode == 0
+        except subprocess.TimeoutExpired:
+            print(f"{number:3}  WRONG  {EXERCISES[number - 1].title}\n       no answer after {SECONDS} s: is there a loop "
+                  "that never ends?")
+    print(f"{right} of {len(numbers)} right")
+    return right == len(numbers)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Exercises in Würstchen.")
+    commands = parser.add_subparsers(dest="command")
+    numbers = [str(number) for number in range(1, len(EXERCISES) + 1)]
+    for name, count, text in (("start", "+", "make a working copy without the code of these exercises"),
+                              ("check", "*", "grade the working copy"), ("solution", "+", "print the reference"),
+                              ("grade", 1, "grade one, in this process")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("numbers", nargs=count, choices=[*numbers, "all"], default="all", metavar="N",
+                             help="numbers of exercises, or all")
+        if name == "start":
+            command.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new folder")
+    commands.add_parser("experiment", help="an experiment with the trained run").add_argument("name",
+                                                                                            choices=EXPERIMENTS)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        return list_exercises()
+    if args.command == "experiment":
+        return experiment(args.name)
+    chosen = sorted({*map(int, numbers if "all" in args.numbers else args.numbers)})
+    if args.command == "start":
+        if args.to.exists():
+            parser.error(f"{args.to} exists already")
+        return start(chosen, args.to)
+    if args.command == "solution":
+        for task in (EXERCISES[number - 1] for number in chosen):
+            source = (REFERENCE / task.file).read_text("utf-8")
+            print("\n\n".join(ast.get_source_segment(source, find(source, name)) for name in task.names))
+        return None
+    sys.exit(not (grade(chosen[0]) if args.command == "grade" else check(chosen)))
+
+
+if __name__ == "__main__":
+    main()
