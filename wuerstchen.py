@@ -415,8 +415,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids, mask):
-        """Tokens plus positions, then the layers, then the last LayerNorm. A token sees itself and the tokens before it,
-        but no padding. ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
+        """Tokens plus positions, the layers, the last LayerNorm. A token sees itself and the tokens before it, but no
+        padding. ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         visible = causal & mask[:, None, None]
@@ -465,8 +465,8 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(logits, ids):
-    """CLIP's loss: the mean of two cross-entropies, over all N captions for each image, and over the B images for each of
-    the first B captions. Captions that are equal are all right, with equal shares of the target.
+    """CLIP's loss: the mean of two cross-entropies, over all N captions for each image, and over the B images for each
+    of the first B captions. Captions that are equal are all right, with equal shares of the target.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()

@@ -1,9 +1,15 @@
 """The lab grades as it says: what is empty or wrong fails, with its own hint; what is right passes."""
 import ast
+import subprocess
+import sys
+import textwrap
+import threading
 
 import pytest
+from PIL import Image
 
 import lab
+from conftest import SECONDS
 
 NUMBERED = {task.title: (number, task) for number, task in enumerate(lab.EXERCISES, 1)}
 
@@ -28,7 +34,8 @@ WRONG = [(title, hint) for title, (_, task) in NUMBERED.items() for hint in task
 @pytest.mark.parametrize("title, hint", WRONG)
 def test_wrong_answers_fail_with_their_own_hint(title, hint):
     number, task = NUMBERED[title]
-    wrong, hints = lab.judge(number, lab.measure(task, lab.module_of(task, lab.edited(task, task.wrong[hint]), task.file)))
+    source = lab.edited(task, task.wrong[hint])
+    wrong, hints = lab.judge(number, lab.measure(task, lab.module_of(task, source, task.file)))
     assert wrong and hints == [hint]
 
 
@@ -52,3 +59,80 @@ def test_a_name_that_is_gone_is_an_error():
     for name in ("gone", "Tokenizer.gone", "Gone.merge"):
         with pytest.raises(LookupError):
             lab.find((lab.HERE / "tokenizer/__init__.py").read_text("utf-8"), name)
+
+
+def test_the_list_names_every_exercise(capsys):
+    lab.main([])
+    printed = capsys.readouterr().out
+    assert all(f"{number:3}  {title} (" in printed for title, (number, _) in NUMBERED.items())
+    assert all(name in printed for name in lab.EXPERIMENTS)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A working copy without the code of exercises 3, 4, 10 and 13."""
+    folder = tmp_path_factory.mktemp("lab") / "copy"
+    lab.main(["start", "3", "4", "10", "13", "--to", str(folder)])
+    return folder
+
+
+def answer(copy, number, name, code):
+    """Writes code in the place of a NotImplementedError in wuerstchen.py"""
+    path, indent = copy / "wuerstchen.py", " " * 4 * (2 if "." in name else 1)
+    lines = path.read_text("utf-8").splitlines()
+    first, last = lab.body_of(path.read_text("utf-8"), name)
+    assert first == last and f"exercise {number}:" in lines[first - 1]
+    lines[first - 1:last] = textwrap.indent(code, indent).splitlines()
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def run(copy, *args):
+    return subprocess.run([sys.executable, "tests/lab.py", *args], cwd=copy, capture_output=True, text=True,
+                          timeout=SECONDS)
+
+
+def test_a_working_copy_from_start_to_drawing(copy):
+    source = (lab.HERE / "wuerstchen.py").read_text("utf-8")
+    solution = run(copy, "solution", "13").stdout
+    assert solution.strip() in source and solution.startswith("def sample(")
+
+    first = run(copy, "check")
+    assert first.returncode == 1 and first.stdout.count("right") == 11 and first.stdout.count("empty") == 4
+
+    answer(copy, 3, "GlobalResponseNorm.forward", """norm = length(x)
+return x + self.beta + self.gamma * x * norm / (norm.mean(-1, keepdim=True) + 1e-6)""")
+    with open(copy / "wuerstchen.py", "a") as file:  # a function of the student's own
+        file.write("\n\ndef length(x):\n    return x.square().sum((1, 2), keepdim=True).sqrt()\n")
+    answer(copy, 4, "time_embedding", "return torch.cat([t.sin(), t.cos()], dim=7)")
+    body = source.splitlines()[slice(*(n + i for n, i in zip(lab.body_of(source, "sample"), (-1, 0))))]
+    reverse = "\n".join(body).replace("(unconditional, conditional,", "(conditional, unconditional,")
+    answer(copy, 13, "sample", textwrap.dedent(reverse))
+    checked = run(copy, "check", "3", "4", "13", "10")
+    assert checked.returncode == 1 and "1 of 4 right" in checked.stdout and not checked.stderr
+    assert "right  Global response" in checked.stdout and "empty  The noise schedule" in checked.stdout
+    assert "hint: guidance is reversed" in checked.stdout
+    trace = checked.stdout[checked.stdout.index("WRONG  Time"):checked.stdout.index(" 10 ")]
+    assert "IndexError" in trace and trace.count("File ") == 1 and str(copy / "wuerstchen.py") in trace
+    assert "return torch.cat([t.sin(), t.cos()], dim=7)" in trace  # the line in the student's own file
+
+    sheet = Image.open(copy / "lab_13.png")  # the student's row and the reference's differ
+    half = (sheet.height - 4 - 22) // 2
+    assert sheet.crop((4, 4, 396, half)).tobytes() != sheet.crop((4, 4 + half, 396, 2 * half)).tobytes()
+    assert (copy / "lab_3.png").exists() and not (copy / "lab_4.png").exists()
+
+
+def test_an_endless_loop_is_wrong(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(lab, "grade", lambda number: number == 1 or ended.wait())
+    monkeypatch.setattr(lab, "SECONDS", 0.2)
+    assert not lab.check([1, 2, 3])
+    ended.set()
+    assert "does a loop never end?" in (printed := capsys.readouterr().out) and "1 of 3 right" in printed
+
+
+def test_folders_and_numbers_that_are_wrong(tmp_path, capsys):
+    for arguments, message in ((["start", "3", "--to", str(tmp_path)], "exists already"), (["check", "99"], "99"),
+                               (["start", "3"], "--to"), (["experiment", "none"], "none")):
+        with pytest.raises(SystemExit):
+            lab.main(arguments)
+        assert message in capsys.readouterr().err
