@@ -392,6 +392,8 @@ def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
         text: replaced by the null caption for 25 % of the images (the authors: 5 %)
         e: noised at a random time in [0, 0.5] for 30 % of the images that have a caption; then zeroed for 5 % of all
 
+    each choice by a `bernoulli_mask` of its own.
+
     We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
     there is no caption, e is all that B has, and stays clean. Most times are near 0.6 (t = σ(0.5 + normal noise); the
     authors': `training_times`): there, shapes are lost in the noise and B learns to ask e, but they still count in the

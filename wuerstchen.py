@@ -219,7 +219,7 @@ def depth_to_space(x, patch):
 class GlobalResponseNorm(nn.Module):
     """Scales each channel by its spatial L2 norm relative to the mean over channels (ConvNeXt V2's GRN):
 
-        G = ‖x‖₂ over H and W,   N = G / mean of G over channels,   out = gamma·(x·N) + beta + x
+        G = ‖x‖₂ over H and W,   N = G / (mean of G over channels + 1e-6),   out = gamma·(x·N) + beta + x
     """
 
     def __init__(self, channels):
@@ -361,7 +361,7 @@ class BlockSequence(nn.ModuleList):
 
 
 def time_embedding(t, width):
-    """Sines and cosines of the time: frequencies exp(−ln(10000)·k/(width/2 − 1)) of 10000·t.
+    """Sines, then cosines, of 10000·t times the frequencies exp(−ln(10000)·k/(width/2 − 1)), k = 0, 1, ...
     t (B,) in [0, 1] -> (B, width)"""
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
@@ -416,7 +416,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids, mask):
         """Tokens plus positions, the layers, the last LayerNorm. A token sees itself and the tokens before it, but no
-        padding. ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
+        padding; padding does not see itself either.
+        ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         visible = causal & mask[:, None, None]
@@ -455,8 +456,8 @@ class CLIP(nn.Module):
         return F.normalize(self.image_projection(self.image_features(images).flatten(1)).float(), dim=-1)
 
     def compare(self, image, text):
-        """The cosines times exp(logit_scale), at most 100. Unit vectors (B, width), (N, width) -> logits (B, N): row i
-        says how well image i fits each caption"""
+        """The cosines times exp(logit_scale), which is limited to 100.
+        Unit vectors (B, width), (N, width) -> logits (B, N): row i says how well image i fits each caption"""
         return self.logit_scale.exp().clamp(max=100) * image @ text.T
 
     def forward(self, images, ids, mask):
@@ -466,7 +467,7 @@ class CLIP(nn.Module):
 
 def contrastive_loss(logits, ids):
     """CLIP's loss: the mean of two cross-entropies, over all N captions for each image, and over the B images for each
-    of the first B captions. Captions that are equal are all right, with equal shares of the target.
+    of the first B captions. In both, captions that are equal are all right, with equal shares of the target.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()
@@ -833,7 +834,10 @@ class StageC(nn.Module):
         return self.blocks.keys_values(self.text_mapper(text))
 
     def predict_eps(self, x, t, conditions):
-        """embed, blocks, out_norm and out give a and b, half of the channels each; then eps = (x − a)/(|1 − b| + 1e-5).
+        """embed, blocks, out_norm and out give a and b, the first and the second half of the channels. Then
+
+            eps = (x − a)/(|1 − b| + 1e-5)
+
         With a = b = 0, as at first, eps is x: right for t near 1.
         x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
         h = self.blocks(self.embed(x), time_embedding(t, self.time_width), conditions)
@@ -896,7 +900,7 @@ def ddpm_step(x, eps, t, t_next, z):
 
 
 def ddim_step(x, eps, t, t_next):
-    """One DDIM step (Song et al., 2021), which adds no noise: x0 and eps, mixed anew for t_next < t -> x at t_next"""
+    """One DDIM step (Song et al., 2021), which adds no noise: √ᾱ(t_next)·x0 + √(1 − ᾱ(t_next))·eps -> x at t_next"""
     after = alpha_bar(t_next)
     return after.sqrt() * predict_x0(x, eps, t) + (1 - after).sqrt() * eps
 
@@ -939,9 +943,9 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 
     network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
     conditions: of B rows; if guidance is not 1, of 2·B: the conditional ones, then the unconditional; sampler: "ddpm"
-    or "ddim"; generator: for the `normal_noise` of each DDPM step; after_step(x, x0, t_next) -> x: called after each
-    step with x, the x0 that was predicted before the step, and the time reached; what it returns is the new x.
-    ValueError for another sampler. -> (B, H, W, C)"""
+    or "ddim"; generator: for the `normal_noise` of each DDPM step, the last too, where it counts for nothing;
+    after_step(x, x0, t_next) -> x: called after each step with x, the x0 that was predicted before the step, and the
+    time reached; what it returns is the new x. ValueError for another sampler. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
         if guidance == 1:
             eps = network(x, t.expand(len(x)), conditions)

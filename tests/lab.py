@@ -20,7 +20,6 @@ hint, and that other right answers pass.
 import argparse
 import ast
 import functools
-import importlib
 import inspect
 import itertools
 import shutil
@@ -36,7 +35,7 @@ HERE = Path(__file__).parent.parent
 # A working copy keeps the files as they were here; the project itself is its own reference.
 REFERENCE = HERE / ".reference" if (HERE / ".reference").exists() else HERE
 FILES = ("tokenizer/__init__.py", "wuerstchen.py", "train.py", "sample.py")
-SECONDS = 10  # that grading one exercise may take
+SECONDS = 30  # that grading one exercise may take
 sys.path[:0] = [str(REFERENCE), str(HERE / "tests")]
 
 import torch  # noqa: E402
@@ -56,18 +55,17 @@ class Exercise:
     minutes: int
     wrong: dict          # hint: the edit of the reference, (old, new, old, new, ...), that gives the wrong answer
     same: tuple          # edits that give other right answers
-    probe: callable      # module -> {what: value}, values that tell right from wrong answers
-    draws: bool          # whether images show what is wrong
-    tolerance: float
+    draws: bool = False  # whether images show what is wrong
+    tolerance: float = 1e-4
+    probe: callable = None  # module -> {what: value}, values that tell right from wrong answers
 
 
 EXERCISES = []
 
 
-def exercise(title, file, names, section, learned, minutes, wrong, same, draws=False, tolerance=1e-4):
-    """Makes the probe under it an exercise, the next one."""
-    return lambda probe: EXERCISES.append(Exercise(title, file, names, section, learned, minutes, wrong, same, probe,
-                                                   draws, tolerance))
+def exercise(*columns, **more):
+    """Makes the probe under it the next exercise."""
+    return lambda probe: EXERCISES.append(Exercise(*columns, **more, probe=probe))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,16 +88,15 @@ def body_of(source, name):
     return node.body[0].end_lineno + 1, node.end_lineno
 
 
-def count_lines(source, name):
-    """How many lines of code a function has below its docstring."""
-    first, last = body_of(source, name)
-    lines = [line.strip() for line in source.splitlines()[first - 1:last]]
+def count_lines(source, *names):
+    """How many lines of code functions have below their docstrings."""
+    spans = [body_of(source, name) for name in names]
+    lines = [line.strip() for first, last in spans for line in source.splitlines()[first - 1:last]]
     return sum(bool(line) and not line.startswith("#") for line in lines)
 
 
-def lines_of(task):
-    source = (REFERENCE / task.file).read_text("utf-8")
-    return sum(count_lines(source, name) for name in task.names)
+def say_lines(count):
+    return "1 line" if count == 1 else f"{count} lines"
 
 
 def cut(source, number):
@@ -107,7 +104,7 @@ def cut(source, number):
     task = EXERCISES[number - 1]
     for name in task.names:
         first, last = body_of(source, name)
-        expected = f"exercise {number}: what the docstring says, in about {count_lines(source, name)} lines"
+        expected = f"exercise {number}: as the docstrings say; reference: {say_lines(count_lines(source, name))}"
         lines = source.splitlines(keepends=True)
         indent = " " * find(source, name).body[0].col_offset
         lines[first - 1:last] = [f'{indent}raise NotImplementedError("{expected}")\n']
@@ -134,14 +131,9 @@ def edited(task, edit):
 
 def module_of(task, source, path):
     """Runs the text of an exercise's file as a module of its own; what it imports is the reference's."""
-    module = types.ModuleType(name_of(task))
+    module = types.ModuleType(Path(path).stem)
     exec(compile(source, path, "exec"), vars(module))
     return module
-
-
-def name_of(task):
-    """The name that the file is imported by."""
-    return task.file.removesuffix(".py").removesuffix("/__init__")
 
 
 def function(module, name):
@@ -155,7 +147,7 @@ def function(module, name):
 def students(task):
     """The module of the working copy, in which all other exercises are solved: an exercise is graded alone."""
     module = module_of(task, (HERE / task.file).read_text("utf-8"), str(HERE / task.file))
-    reference = importlib.import_module(name_of(task))
+    reference = module_of(task, (REFERENCE / task.file).read_text("utf-8"), task.file)
     for other in EXERCISES:
         for name in other.names if other is not task and other.file == task.file else ():
             function(module, name).__code__ = function(reference, name).__code__
@@ -228,7 +220,7 @@ def grade(number):
         try:
             rows = [draw(module), draw_with_reference()]
             sample.make_sheet(rows, CAPTIONS).save(HERE / f"lab_{number}.png")
-            print(f"       lab_{number}.png: what yours draws, above what the reference draws")
+            print(f"       {HERE / f'lab_{number}.png'}: what yours draws, above what the reference draws")
         except Exception as error:
             print(f"       it can't draw: {error!r}")
     return not wrong
@@ -314,7 +306,7 @@ def byte_pairs(m):
 
 @exercise(
     "Byte-pair encoding: learn the merges", "tokenizer/__init__.py", ("Tokenizer.train",), "CLIP",
-    "where a vocabulary comes from", 25,
+    "where a vocabulary comes from (counting all pairs again after each merge is fast enough)", 25,
     wrong={
         "a pair counts as often as its word stands in the captions":
             ("for symbols, n in words:\n            for", "for symbols, n in [(symbols, 1) for symbols, _ in words]:\n"
@@ -871,10 +863,16 @@ def stage_b(m):
 # Experiments with the trained run. The figures expected are those of `experiment NAME` itself.
 
 EXPERIMENTS = {  # name: (question, what to expect)
-    "guidance": ("What does the guidance scale of Stage C change?", "TODO"),
-    "steps": ("How few steps does Stage C need?", "TODO"),
-    "stages": ("Who does what: Stage C, Stage B, and Stage B's caption (appendix D)?", "TODO"),
-    "null": ("What does the null caption draw?", "TODO"),
+    "guidance": ("What does the guidance scale of Stage C change?",
+                 "3 % at 0, which is the null caption's prediction alone; 97 to 100 % from 1 to 16. Shapes' captions say "
+                 "so plainly what to draw that guidance can add little; photographs need it."),
+    "steps": ("How few steps does Stage C need?",
+              "69 % with one step, all from two steps on: it draws only 144 numbers."),
+    "stages": ("Who does what: Stage C, Stage B, and Stage B's caption (appendix D)?",
+               "100 %, 98 %, 25 %. Stage C decides what is drawn; told the caption too, Stage B draws nearly the same. "
+               "Without Stage C, it gets many colours right, few places and shapes."),
+    "null": ("What does the null caption draw?",
+             "Images like those trained on: one object in 44 %, two in 50 % (of the training images, 40 % and 60 %)."),
 }
 
 
@@ -909,7 +907,7 @@ def experiment(name, count=64):
         print(f"{row:28} {check_all(images, captions)['whole']:6.1%} of {count} captions right")
     sheet = sample.make_sheet([images[:6] for images in rows.values()], captions[:6] if name != "null" else ())
     sheet.save(f"lab_{name}.png")
-    print(f"lab_{name}.png: a row for each setting, in this order\nexpected: {EXPERIMENTS[name][1]}")
+    print(textwrap.fill(f"lab_{name}.png: a row for each setting. Expected: {EXPERIMENTS[name][1]}", 100))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -918,9 +916,10 @@ def experiment(name, count=64):
 
 def list_exercises():
     for number, task in enumerate(EXERCISES, 1):
-        print(f"{number:3}  {task.title} ({task.file.removesuffix('/__init__.py')}: {', '.join(task.names)})\n"
-              f"     section {task.section}; {task.learned}; {lines_of(task)} lines, {task.minutes} minutes")
-    print("\nExperiments with the trained run (experiment NAME):")
+        lines = say_lines(count_lines((REFERENCE / task.file).read_text("utf-8"), *task.names))
+        print(f"{number:3}  {task.title}: {lines}, {task.minutes} minutes\n"
+              f"     section {task.section}: {task.learned}\n     {task.file}: {', '.join(task.names)}")
+    print("\nExperiments with the trained run:")
     for name, (question, _) in EXPERIMENTS.items():
         print(f"  {name:10} {question}")
 
@@ -957,34 +956,33 @@ def check(numbers):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Exercises in Würstchen.")
-    commands = parser.add_subparsers(dest="command")
-    numbers = [str(number) for number in range(1, len(EXERCISES) + 1)]
-    for name, count, text in (("start", "+", "make a working copy without the code of these exercises"),
-                              ("check", "*", "grade the working copy"), ("solution", "+", "print the reference")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("numbers", nargs=count, choices=[*numbers, "all"], default="all", metavar="N",
-                             help="numbers of exercises, or all")
-        if name == "start":
-            command.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new folder")
-    commands.add_parser("experiment", help="an experiment with the trained run").add_argument("name",
-                                                                                            choices=EXPERIMENTS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution",
+                                                                       "experiment"))
+    parser.add_argument("what", nargs="*", help="numbers of exercises, all if not given; or the experiment's name")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where the working copy goes: a new folder")
     args = parser.parse_args(argv)
-    if args.command is None:
-        return list_exercises()
-    if args.command == "experiment":
-        return experiment(args.name)
-    chosen = sorted({*map(int, numbers if "all" in args.numbers else args.numbers)})
-    if args.command == "start":
-        if args.to.exists():
-            parser.error(f"{args.to} exists already")
-        return start(chosen, args.to)
-    if args.command == "solution":
+    numbers = [str(number) for number in range(1, len(EXERCISES) + 1)]
+    known = EXPERIMENTS if args.command == "experiment" else [*numbers, "all"]
+    for name in args.what:
+        if name not in known:
+            parser.error(f"{name} is none of {', '.join(known)}")
+    chosen = [int(number) for number in numbers if number in args.what or args.what in ([], ["all"])]
+    if args.command == "list":
+        list_exercises()
+    elif args.command == "start":
+        if args.to is None or args.to.exists():
+            parser.error("--to DIR is needed, a folder that does not exist yet")
+        start(chosen, args.to)
+    elif args.command == "check":
+        sys.exit(not check(chosen))
+    elif args.command == "solution":
         for task in (EXERCISES[number - 1] for number in chosen):
             source = (REFERENCE / task.file).read_text("utf-8")
             print("\n\n".join(ast.get_source_segment(source, find(source, name)) for name in task.names))
-        return None
-    sys.exit(not check(chosen))
+    else:
+        for name in args.what or EXPERIMENTS:
+            experiment(name)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_a_name_that_is_gone_is_an_error():
 def test_the_list_names_every_exercise(capsys):
     lab.main([])
     printed = capsys.readouterr().out
-    assert all(f"{number:3}  {title} (" in printed for title, (number, _) in NUMBERED.items())
+    assert all(f"{number:3}  {title}: " in printed for title, (number, _) in NUMBERED.items())
     assert all(name in printed for name in lab.EXPERIMENTS)
 
 
@@ -131,8 +131,8 @@ def test_an_endless_loop_is_wrong(monkeypatch, capsys):
 
 
 def test_folders_and_numbers_that_are_wrong(tmp_path, capsys):
-    for arguments, message in ((["start", "3", "--to", str(tmp_path)], "exists already"), (["check", "99"], "99"),
-                               (["start", "3"], "--to"), (["experiment", "none"], "none")):
+    for arguments, message in ((["start", "3", "--to", str(tmp_path)], "does not exist yet"), (["check", "99"], "99"),
+                               (["start", "3"], "--to"), (["experiment", "none"], "none"), (["x"], "list")):
         with pytest.raises(SystemExit):
             lab.main(arguments)
         assert message in capsys.readouterr().err

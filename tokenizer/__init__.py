@@ -102,10 +102,11 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], merges: int = 400, length: int = 77) -> "Tokenizer":
         """Learn merges: again and again, merge the pair of neighbours that is most frequent in the captions.
 
-        Pairs are counted within pieces (of `split` with repair; START and END are left out). If two pairs are equally
-        frequent, the one that sorts first wins, so the order of the captions does not matter. Training stops after
-        `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, the merged symbols as they were
-        learned, START and END; the tokenizer has repair=True. TypeError if the captions are one str.
+        Pairs are counted within pieces (of `split` with repair; START and END are left out); "aaa" holds (a, a) twice.
+        If two pairs are equally frequent, the one that sorts first wins, so the order of the captions does not matter.
+        Training stops after `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, the merged
+        symbols as they were learned, START and END, each once; the tokenizer has repair=True. TypeError if the captions
+        are one str.
 
         >>> list(Tokenizer.train(["low low lot", "lot low"]).ranks)
         [('l', 'o'), ('lo', 'w</w>'), ('lo', 't</w>')]
