@@ -441,8 +441,8 @@ class Recipe:
 RECIPES = {
     "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2250, 32, 1.2e-3),
                  c=Recipe(450, 128, 1.5e-3)),
-    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(450, 32, 4e-3), b=Recipe(2000, 32, 2.5e-3),
-                  c=Recipe(260, 128, 1.5e-3)),
+    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(800, 32, 4e-3), b=Recipe(1800, 32, 2.5e-3),
+                  c=Recipe(400, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
@@ -776,9 +776,10 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 @torch.no_grad()
 def set_scale(run):
     """Stage B's latents are divided by 3.2 times their deviation. Large shapes then hide in the noise for longer, and B
-    learns to ask the semantic latents where they are and of what colour."""
+    learns to ask the semantic latents where they are and of what colour. In images below 128 px, shapes cover fewer
+    latents and hide sooner: there, the factor falls with the side."""
     images, _ = run.examples(run.train_data, 256)
-    run.model.a.scale.fill_(3.2 * torch.cat([run.model.a.encode(some) for some in images.split(32)]).std())
+    run.model.a.scale.fill_(3.2 * min(1, run.model.config.image_size / 128) * torch.cat([run.model.a.encode(some) for some in images.split(32)]).std())
 
 
 def train_b(run):
