@@ -779,7 +779,8 @@ def set_scale(run):
     learns to ask the semantic latents where they are and of what colour. In images below 128 px, shapes cover fewer
     latents and hide sooner: there, the factor falls with the side."""
     images, _ = run.examples(run.train_data, 256)
-    run.model.a.scale.fill_(3.2 * min(1, run.model.config.image_size / 128) * torch.cat([run.model.a.encode(some) for some in images.split(32)]).std())
+    deviation = torch.cat([run.model.a.encode(some) for some in images.split(32)]).std()
+    run.model.a.scale.fill_(3.2 * min(1, run.model.config.image_size / 128) * deviation)
 
 
 def train_b(run):

@@ -1,11 +1,10 @@
 """
 A lab: exercises in which you write the core of Würstchen yourself, and tests that grade them.
 
-    python tests/lab.py                          lists the exercises
+    python tests/lab.py                          lists the exercises, and four experiments with the trained run
     python tests/lab.py start 3 8 10 --to DIR    copies the project to DIR, without the code of these exercises ("all")
     python tests/lab.py check [3 8]              in the copy: says what is right, what is wrong, and often why
     python tests/lab.py solution 3               prints the reference
-    python tests/lab.py experiment guidance      an experiment with the trained run: a table and a sheet of images
 
 Each exercise is one to three functions, cut out below their docstrings. `check` calls yours with the inputs of a probe and
 compares the results with the reference's. If they are those of a known wrong answer, it prints the hint for it. It
@@ -36,6 +35,7 @@ HERE = Path(__file__).parent.parent
 REFERENCE = HERE / "tests" / "reference" if (HERE / "tests" / "reference").exists() else HERE
 FILES = ("tokenizer/__init__.py", "wuerstchen.py", "train.py", "sample.py")
 SECONDS = 30  # that grading one exercise may take
+CAPTIONS = ["a big red circle to the left of a small blue square", "a yellow star", "a pink triangle"]
 sys.path[:0] = [str(REFERENCE), str(HERE / "tests")]
 
 import torch  # noqa: E402
@@ -65,10 +65,7 @@ EXERCISES = []
 
 def exercise(*columns, **more):
     """Makes the probe under it the next exercise."""
-    def add(probe):
-        EXERCISES.append(Exercise(*columns, **more, probe=probe))
-        return probe
-    return add
+    return lambda probe: EXERCISES.append(Exercise(*columns, **more, probe=probe)) or probe
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,12 +73,10 @@ def exercise(*columns, **more):
 
 
 def find(source, name):
-    """The syntax tree's node of a function "f" or a method "Class.f". LookupError if it is not there."""
+    """The syntax tree's node of a function "f" or a method "Class.f". KeyError if it is not there."""
     node = ast.parse(source)
     for part in name.split("."):
-        node = next((inner for inner in node.body if getattr(inner, "name", None) == part), None)
-        if node is None:
-            raise LookupError(f"no {name} there any more")
+        node = {getattr(inner, "name", None): inner for inner in node.body}[part]
     return node
 
 
@@ -92,14 +87,11 @@ def body_of(source, name):
 
 
 def count_lines(source, *names):
-    """How many lines of code functions have below their docstrings."""
+    """How many lines of code functions have below their docstrings -> "3 lines" """
     spans = [body_of(source, name) for name in names]
     lines = [line.strip() for first, last in spans for line in source.splitlines()[first - 1:last]]
-    return sum(bool(line) and not line.startswith("#") for line in lines)
-
-
-def say_lines(count):
-    return "1 line" if count == 1 else f"{count} lines"
+    count = sum(bool(line) and not line.startswith("#") for line in lines)
+    return f"{count} line{'s' * (count > 1)}"
 
 
 def cut(source, number):
@@ -107,8 +99,8 @@ def cut(source, number):
     task = EXERCISES[number - 1]
     for name in task.names:
         first, last = body_of(source, name)
-        lines = say_lines(count_lines(source, name))
-        expected = f"exercise {number}: write {name} as the docstrings say; the reference has {lines}"
+        expected = (f"exercise {number}: write {name} as the docstrings say; the reference has "
+                    f"{count_lines(source, name)}")
         lines = source.splitlines(keepends=True)
         indent = " " * find(source, name).body[0].col_offset
         lines[first - 1:last] = [f'{indent}raise NotImplementedError("{expected}")\n']
@@ -163,8 +155,7 @@ def measure(task, module):
 def known_answer(number, hint=None):
     """What the probe of an exercise measures for a wrong answer, or for the reference."""
     task = EXERCISES[number - 1]
-    edit = task.wrong[hint] if hint else ()
-    return measure(task, module_of(task, edited(task, edit), task.file))
+    return measure(task, module_of(task, edited(task, task.wrong[hint] if hint else ()), task.file))
 
 
 def close(task, value, expected):
@@ -218,7 +209,7 @@ def grade(number):
         print(textwrap.fill(line, 100, initial_indent=" " * 7, subsequent_indent=" " * 9))
     if task.draws:
         try:
-            rows = [draw(module), draw_with_reference()]
+            rows = [draw(module), draw(wuerstchen)]
             sample.make_sheet(rows, CAPTIONS).save(f"lab_{number}.png")
             print(f"       lab_{number}.png: what yours draws, above what the reference draws")
         except Exception as error:
@@ -226,9 +217,7 @@ def grade(number):
     return not wrong
 
 
-CAPTIONS = ["a big red circle to the left of a small blue square", "a yellow star", "a pink triangle"]
-
-
+@functools.cache
 @torch.no_grad()
 def draw(module):
     """What the trained run draws with a module, the tokenizer's or wuerstchen.py's -> (3, H, W, 3) in [0, 1]"""
@@ -236,11 +225,6 @@ def draw(module):
     if not hasattr(module, "Wuerstchen"):
         model.tokenizer = model.tokenizer_b = module.Tokenizer.load(HERE / "tests" / "shapes" / "tokenizer")
     return model.generate(CAPTIONS, steps=(20, 8), guidance=(2.0, 1.0), seed=[0, 1, 2])
-
-
-@functools.cache
-def draw_with_reference():
-    return draw(wuerstchen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -893,69 +877,22 @@ def stage_b(m):
                 torch.autograd.grad(loss, w)[0] / loss.detach() if loss.requires_grad else torch.tensor(0.0))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Experiments with the trained run. The figures expected are those of `experiment NAME` itself.
+EXPERIMENTS = '''
+Four experiments with the trained run, and what to expect:
 
-EXPERIMENTS = {  # name: (question, what to expect)
-    "guidance": ("What does the guidance scale of Stage C change?",
-                 "3 % at 0, which is the null caption's prediction alone; 97 to 100 % from 1 to 16. Shapes' captions say "
-                 "so plainly what to draw that guidance can add little; photographs need it."),
-    "steps": ("How few steps does Stage C need?",
-              "69 % with one step, all from two steps on: it draws only 144 numbers."),
-    "stages": ("Who does what: Stage C, Stage B, and Stage B's caption (appendix D)?",
-               "100 %, 98 %, 25 %. Stage C decides what is drawn; told the caption too, Stage B draws nearly the same. "
-               "Without Stage C, it gets many colours right, few places and shapes."),
-    "null": ("What does the null caption draw?",
-             "Images like those trained on: one object in 44 %, two in 50 % (of the training images, 40 % and 60 %)."),
-}
-
-
-@torch.no_grad()
-def experiment(name, count=64):
-    """Prints the share of captions that come out right under each setting, and writes lab_NAME.png with the first
-    six."""
-    from score import check, check_all
-    from train import Shapes
-    model = sample.Wuerstchen.load(HERE / "tests" / "shapes")
-    captions, seeds, rows = [Shapes(split="test").caption(i) for i in range(count)], list(range(count)), {}
-    if name == "guidance":
-        for scale in (0, 1, 2, 4, 8, 16):
-            rows[f"guidance {scale}"] = model.generate(captions, guidance=(scale, 1), seed=seeds)
-    elif name == "steps":
-        for steps in (1, 2, 4, 8, 16, 60):
-            rows[f"{steps} steps"] = model.generate(captions, steps=(steps, 12), guidance=(2, 1), seed=seeds)
-    elif name == "stages":
-        none, cells = [""] * count, (count, model.config.cells, model.config.cells, model.config.semantic_channels)
-        from_c = model.sample_c(sample.normal_noise(cells, sample.generators(seeds, count), "cpu"),
-                                sample.timesteps(60, "cpu"), captions, guidance=2.0)
-        for row, semantic, given in (("C, then B with the caption", from_c, captions),
-                                     ("C, then B without it", from_c, none),
-                                     ("B alone with the caption", torch.zeros(cells), captions)):
-            rows[row] = model.from_semantic(semantic, given, generator=sample.generators(seeds, count))
-    elif name == "null":
-        rows["null caption"] = model.generate([""] * count, guidance=(1, 1), seed=seeds)
-        drawn = (rows["null caption"] * 255).round().byte().numpy()
-        for number, caption in (("one object", "a red star"), ("two objects", "a red star above a red circle")):
-            print(f"{number}: {sum(check(image, caption)['count'][0] for image in drawn) / count:.0%}")
-    for row, images in rows.items() if name != "null" else ():
-        print(f"{row:28} {check_all(images, captions)['whole']:6.1%} of {count} captions right")
-    sheet = sample.make_sheet([images[:6] for images in rows.values()], captions[:6] if name != "null" else ())
-    sheet.save(f"lab_{name}.png")
-    print(textwrap.fill(f"lab_{name}.png: a row for each setting. Expected: {EXPERIMENTS[name][1]}", 100))
-
+  guidance  python tests/score.py --run tests/shapes --sweep --count 64       the table "cfg"
+            TODO
+  steps     the same command, the table "steps_c"
+            TODO
+  B and C   python sample.py "a red star above a blue square" --out star.png
+            python sample.py --vary star.png --count 6 --out vary.png; python tests/score.py --run tests/shapes
+            TODO
+  null      python sample.py "a red star" --cfg 0 --count 12
+            TODO
+'''
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The commands.
-
-
-def list_exercises():
-    for number, task in enumerate(EXERCISES, 1):
-        lines = say_lines(count_lines((REFERENCE / task.file).read_text("utf-8"), *task.names))
-        print(f"{number:3}  {task.title}: {lines}, {task.minutes} minutes\n"
-              f"     section {task.section}: {task.learned}\n     {task.file}: {', '.join(task.names)}")
-    print("\nExperiments with the trained run:")
-    for name, (question, _) in EXPERIMENTS.items():
-        print(f"  {name:10} {question}")
 
 
 def start(numbers, folder):
@@ -964,11 +901,10 @@ def start(numbers, folder):
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "test_lab.py"))
     for name in ("wuerstchen.py", "train.py", "sample.py", "README.md", "LICENSE", "requirements.txt"):
         shutil.copy(HERE / name, folder)
-    reference = folder / "tests" / "reference"
     for file in FILES:
-        (reference / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(HERE / file, reference / file)
-    (reference / "numbers.txt").write_text(" ".join(map(str, numbers)))
+        (folder / "tests" / "reference" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / file, folder / "tests" / "reference" / file)
+    (folder / "tests" / "reference" / "numbers.txt").write_text(" ".join(map(str, numbers)))
     for number in numbers:
         path = folder / EXERCISES[number - 1].file
         path.write_text(cut(path.read_text("utf-8"), number), "utf-8")
@@ -993,37 +929,34 @@ def check(numbers):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution",
-                                                                       "experiment"))
-    parser.add_argument("what", nargs="*", help="numbers of exercises or all; check: those of the copy, if "
-                        "not given; experiment: its name")
+    parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution"))
+    parser.add_argument("numbers", nargs="*", help="of exercises, or all; check: those of the copy if not given")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the working copy goes: a new folder")
     args = parser.parse_intermixed_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")  # for ᾱ, on Windows too
-    numbers = [str(number) for number in range(1, len(EXERCISES) + 1)]
-    known = EXPERIMENTS if args.command == "experiment" else [*numbers, "all"]
-    for name in args.what:
-        if name not in known:
-            parser.error(f"{name} is none of {', '.join(known)}")
-    if args.command == "check" and not args.what and (REFERENCE / "numbers.txt").exists():
-        args.what = (REFERENCE / "numbers.txt").read_text().split()
-    chosen = [int(number) for number in numbers if number in args.what or args.what in ([], ["all"])]
+    every = [str(number) for number in range(1, len(EXERCISES) + 1)]
+    if not {*args.numbers} <= {*every, "all"}:
+        parser.error(f"the exercises have the numbers 1 to {len(every)}")
+    if args.command == "check" and not args.numbers and REFERENCE != HERE:
+        args.numbers = (REFERENCE / "numbers.txt").read_text().split()
+    chosen = [int(number) for number in every if number in args.numbers or args.numbers in ([], ["all"])]
     if args.command == "list":
-        list_exercises()
+        for number, task in enumerate(EXERCISES, 1):
+            lines = count_lines((REFERENCE / task.file).read_text("utf-8"), *task.names)
+            print(f"{number:3}  {task.title}: {lines}, {task.minutes} minutes\n"
+                  f"     section {task.section}: {task.learned}\n     {task.file}: {', '.join(task.names)}")
+        print(EXPERIMENTS)
     elif args.command == "start":
         if args.to is None or args.to.exists() or HERE in args.to.resolve().parents:
             parser.error("--to DIR is needed: a folder outside the project that does not exist yet")
         start(chosen, args.to)
     elif args.command == "check":
         sys.exit(not check(chosen))
-    elif args.command == "solution":
+    else:
         for task in (EXERCISES[number - 1] for number in chosen):
             source = (REFERENCE / task.file).read_text("utf-8")
             for name in task.names:
                 print(textwrap.dedent(ast.get_source_segment(source, find(source, name), padded=True)) + "\n")
-    else:
-        for name in args.what or EXPERIMENTS:
-            experiment(name)
 
 
 if __name__ == "__main__":
