@@ -242,7 +242,7 @@ class Judge:
 # The columns of a table, and how their numbers are printed.
 COLUMNS = dict.fromkeys((*ATTRIBUTES, "whole"), "{:.1%}") | {
     "95 %": "{0[0]:.1%} to {0[1]:.1%}", "CLIP": "{:.1f}", "Fréchet": "{:.2f}", "PSNR": "{:.1f}"}
-SWEEP = {"cfg": (1, 2, 4, 7, 10), "steps_c": (5, 10, 20, 30, 60), "steps_b": (2, 4, 8, 12, 20)}
+SWEEP = {"cfg": (0, 1, 2, 4, 8, 16), "steps_c": (1, 2, 4, 8, 16, 60), "steps_b": (1, 2, 4, 8, 12, 20)}
 
 
 def print_table(title, rows):

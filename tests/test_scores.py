@@ -176,8 +176,8 @@ def test_sweep(run, tmp_path, monkeypatch):
     monkeypatch.setattr(score, "draw", draw)
     score.main(["a red star", "--sweep", "--run", str(run), *FEW, "--out", str(tmp_path / "grid.png")])
     tables = json.loads((run / "sweep.json").read_text("utf-8"))
-    assert settings[:25] == [(1, dict(cfg=cfg, steps_c=n)) for n in (5, 10, 20, 30, 60) for cfg in (1, 2, 4, 7, 10)]
-    assert settings[25:] == [(4, {name: value}) for name, values in score.SWEEP.items() for value in values]
-    assert list(tables["steps_c"]) == ["5", "10", "20", "30", "60"] and tables["cfg"]["1"]["whole"] == 0
+    assert settings[:36] == [(1, dict(cfg=cfg, steps_c=n)) for n in (1, 2, 4, 8, 16, 60) for cfg in (0, 1, 2, 4, 8, 16)]
+    assert settings[36:] == [(4, {name: value}) for name, values in score.SWEEP.items() for value in values]
+    assert list(tables["steps_c"]) == ["1", "2", "4", "8", "16", "60"] and tables["cfg"]["1"]["whole"] == 0
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width > 6 * 64 and grid.height > 5 * 64
+        assert grid.width > 7 * 64 and grid.height > 6 * 64
