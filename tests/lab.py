@@ -6,8 +6,8 @@ A lab: exercises in which you write the core of Würstchen yourself, and tests t
     python tests/lab.py check [3 8]              in the copy: says what is right, what is wrong, and often why
     python tests/lab.py solution 3               prints the reference
 
-Each exercise is one to three functions, cut out below their docstrings. `check` calls yours with the inputs of a probe and
-compares the results with the reference's. If they are those of a known wrong answer, it prints the hint for it. It
+Each exercise is one to three functions, cut out below their docstrings. `check` calls yours with the inputs of a probe
+and compares the results with the reference's. If they are those of a known wrong answer, it prints the hint for it. It
 grades each exercise alone: the functions of all others are the reference's. Where an exercise takes part in drawing, it
 also writes lab_N.png: what your version draws, above what the reference draws.
 
@@ -877,19 +877,23 @@ def stage_b(m):
                 torch.autograd.grad(loss, w)[0] / loss.detach() if loss.requires_grad else torch.tensor(0.0))}
 
 
-EXPERIMENTS = '''
-Four experiments with the trained run, and what to expect:
+EXPERIMENTS = """
+Four experiments with the trained run in tests/shapes, and what to expect:
 
-  guidance  python tests/score.py --run tests/shapes --sweep --count 64       the table "cfg"
-            TODO
-  steps     the same command, the table "steps_c"
-            TODO
-  B and C   python sample.py "a red star above a blue square" --out star.png
-            python sample.py --vary star.png --count 6 --out vary.png; python tests/score.py --run tests/shapes
-            TODO
-  null      python sample.py "a red star" --cfg 0 --count 12
-            TODO
-'''
+guidance    python tests/score.py --run tests/shapes --sweep --count 64
+            The first table, whole captions right: 3 % at 0, where Stage C draws as for the null caption; 97 to 100 %
+            from 1 to 16. Shapes' captions say so plainly what to draw that guidance can add little.
+steps       The second table of the same command: 69 % with one step of Stage C, 100 % from two on. It draws only 144
+            numbers.
+B and C     python sample.py "a red star above a blue square" --out star.png
+            python sample.py --vary star.png --count 6 --out vary.png
+            python sample.py --vary star.png "a green circle" --count 6 --out told.png
+            Stage B draws the same semantic latents six times, and only edges change: Stage C decides (appendix D).
+            Told another caption, Stage B keeps shapes and places; the blue square becomes cyan.
+null        python sample.py "a red star" --cfg 0 --count 12
+            Stage C draws as for the null caption: one or two objects of any shape. Stage B still reads the caption:
+            most of them are red.
+"""
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The commands.
