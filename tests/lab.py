@@ -72,6 +72,7 @@ def exercise(*columns, **more):
 # Reading and cutting code.
 
 
+@functools.cache
 def find(source, name):
     """The syntax tree's node of a function "f" or a method "Class.f". KeyError if it is not there."""
     node = ast.parse(source)
