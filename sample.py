@@ -16,6 +16,7 @@ alone (but for rounding).
 """
 
 import argparse
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -73,6 +74,42 @@ def make_sheet(rows, captions=(), gap=4):
         ImageDraw.Draw(sheet).multiline_text((gap + x * (width + gap), len(rows) * (height + gap) + gap),
                                              "\n".join(caption), "black", spacing=0)
     return sheet
+
+
+def make_chart(curves, x_label, y_label, log=False, size=(640, 360)):
+    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0"""
+    chart = Image.new("RGB", size, "white")
+    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, size[0] - 190, size[1] - 44)
+
+    def axis(values, start, end, log):
+        """-> a function from values to pixels, and the values that get a tick"""
+        low, high = min(values) if log else min(0, *values), max(values)
+        scale = math.log10 if log else float
+        span = scale(high) - scale(low) or 1
+        nice = [m * 10.0 ** e for e in range(-9, 10) for m in (1, 2, 5)]
+        step = next((step for step in nice if step >= span / 6), span)
+        ticks = nice if log else [i * step for i in range(math.floor(low / step), math.floor(high / step) + 1)]
+        return lambda v: start + (scale(v) - scale(low)) / span * (end - start), [v for v in ticks if low <= v <= high]
+
+    (to_x, x_ticks), (to_y, y_ticks) = (
+        axis([point[i] for curve in curves.values() for point in curve], start, end, log and i == 1)
+        for i, (start, end) in enumerate(((left, right), (bottom, top))))
+    for v in x_ticks:
+        pen.line([(to_x(v), top), (to_x(v), bottom)], "#dddddd")
+        pen.text((to_x(v), bottom + 6), f"{v:g}", "black", anchor="ma")
+    for v in y_ticks:
+        pen.line([(left, to_y(v)), (right, to_y(v))], "#dddddd")
+        pen.text((left - 6, to_y(v)), f"{v:g}", "black", anchor="rm")
+    pen.text((right, bottom + 22), x_label, "black", anchor="ra")
+    pen.text((left, 4), y_label, "black")
+    for i, (label, curve) in enumerate(curves.items()):
+        colour = ("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444")[i % 6]
+        pen.line([(to_x(x), to_y(y)) for x, y in curve], colour, 2)
+        for x, y in curve if len(curve) < 30 else ():
+            pen.ellipse([to_x(x) - 3, to_y(y) - 3, to_x(x) + 3, to_y(y) + 3], colour)
+        pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
+        pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
+    return chart
 
 
 def pick_device(name):
@@ -140,6 +177,8 @@ def keep(known, mask, noise):
 def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(4.0, 1.0), seed=None, sampler="ddpm"):
     """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
     where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
+    if model.config.b.token_width:
+        raise ValueError("only a Stage B that works on latents can fill, not one on tokens")
     options = dict(generator=generators(seed, len(images)), sampler=sampler)
     semantic, latents = model.c.normalise(model.compress(images)), model.a.encode(images) / model.a.scale
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0

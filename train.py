@@ -17,7 +17,7 @@ its folder:
     clip.pt                     the whole contrastive model, by which tests/score.py judges
     STAGE.ckpt, cache/          an unfinished stage, and what it learns from
     metrics.jsonl               a line every few steps: loss, learning rate, images per second
-    sheets/                     images that show the progress
+    sheets/, curves.png         images that show the progress, and the losses
 
 Read it from top to bottom: data, losses, the training loop, the stages, the command line.
 """
@@ -47,10 +47,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sample import load_image, make_sheet, pick_device, positive
+from sample import load_image, make_chart, make_sheet, pick_device, positive
 from tokenizer import Tokenizer, read_json
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
-                        diffusion_loss, save_atomically, shrink, training_times)
+                        diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is (uint8 array (size, size, 3), caption), the same for the
@@ -385,9 +385,9 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
     return loss_gen, loss_disc, mse, latents.detach(), codes
 
 
-def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
-    """Stage B's, and with it the compressor's (appendix E.2): diffusion_loss of eps in noised latents, given the text
-    and the semantic latents e. To draw without them too, and because Stage C's e will never be exact, B learns with
+def noisy_conditions(compressor, small, text, null_text):
+    """What Stage B is given when it trains: the text and the semantic latents e. To draw without them too, and because
+    Stage C's e will never be exact, B learns with
 
         text: replaced by the null caption for 25 % of the images (the authors: 5 %)
         e: noised at a random time in [0, 0.5] for 30 % of the images that have a caption; then zeroed for 5 % of all
@@ -395,21 +395,36 @@ def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
     each choice by a `bernoulli_mask` of its own.
 
     We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
-    there is no caption, e is all that B has, and stays clean. Most times are near 0.6 (t = σ(0.5 + normal noise); the
-    authors': `training_times`): there, shapes are lost in the noise and B learns to ask e, but they still count in the
-    loss.
+    there is no caption, e is all that B has, and stays clean.
 
-    small: images at 3/4 size (B, 3H/4, 3W/4, 3) in [0, 1]; latents: Stage A's (B, h, w, 4), not yet divided by scale;
-    text (B, L, width); null_text (1, L, width): the null caption, that is the empty one, encoded -> scalar"""
+    small: images at 3/4 size (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
+    caption, that is the empty one, encoded -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
     semantic = compressor(small).float()
     noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(len(small), device=small.device) / 2)
     semantic = torch.where(bernoulli_mask(0.3, semantic) & ~drop_text[..., None], noised, semantic)
-    semantic = torch.where(bernoulli_mask(0.05, semantic), 0, semantic)
+    return torch.where(bernoulli_mask(0.05, semantic), 0, semantic), text
+
+
+def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
+    """Stage B's, and with it the compressor's (appendix E.2): diffusion_loss of eps in noised latents, given the text
+    and the semantic latents e as `noisy_conditions` gives them. Most times are near 0.6 (t = σ(0.5 + normal noise); the
+    authors': `training_times`): there, shapes are lost in the noise and B learns to ask e, but they still count in the
+    loss. latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions` -> scalar"""
+    semantic, text = noisy_conditions(compressor, small, text, null_text)
     x0 = latents / scale
     t, eps = torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device)), torch.randn_like(x0)
     return diffusion_loss(eps, b(add_noise(x0, eps, t), t, semantic, text), t)
+
+
+def token_stage_b_loss(b, compressor, small, codes, text, null_text):
+    """That of the paper's first version: `token_loss` of Stage A's codes (B, h, w), of which each is replaced by a
+    random one with probability t; the rest as in `stage_b_loss` -> scalar"""
+    semantic, text = noisy_conditions(compressor, small, text, null_text)
+    t = training_times(len(codes), codes.device)
+    noisy, replaced = replace_tokens(codes, torch.randint_like(codes, len(b.tokens.weight)), t)
+    return token_loss(b(noisy, t, semantic, text), codes, replaced, t)
 
 
 def stage_c_loss(c, semantic, text, null_text):
@@ -787,9 +802,13 @@ def train_b(run):
     """Stage B and the semantic compressor, jointly: the compressor keeps what helps B to draw."""
     model = run.model
 
+    tokens = model.config.b.token_width > 0
+
     def compute(images, captions):
         # Stage A and the text encoder no longer change.
-        return dict(small=(shrink(images).clamp(0, 1) * 255).round().byte(), latents=model.a.encode(images).half(),
+        latents = model.a.encode(images)
+        return dict(small=(shrink(images).clamp(0, 1) * 255).round().byte(),
+                    latents=model.a.quantizer(latents)[1].int() if tokens else latents.half(),
                     text=model.text_b(*run.tokens(captions)).half())
 
     arrays = run.cached("latents", ("text.pt", "a.pt"), compute)
@@ -801,8 +820,10 @@ def train_b(run):
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_fn(network, batch, step):
-        return stage_b_loss(network["b"], network["compressor"], model.a.scale, batch["small"] / 255,
-                            batch["latents"].float(), batch["text"].float(), null_text), {}
+        b, compressor, small, text = network["b"], network["compressor"], batch["small"] / 255, batch["text"].float()
+        if tokens:
+            return token_stage_b_loss(b, compressor, small, batch["latents"].long(), text, null_text), {}
+        return stage_b_loss(b, compressor, model.a.scale, small, batch["latents"].float(), text, null_text), {}
 
     def preview(average, images, captions):
         model.compressor, model.b = average["compressor"], average["b"]
@@ -863,13 +884,25 @@ def train_c(run):
             lr_scale=lambda name: 0.1 if name.startswith("text") else 1))  # faster, it forgets what it knows
 
 
+def draw_curves(folder):
+    """Writes the losses of all stages to curves.png, each point the mean over about a fiftieth of the steps."""
+    curves = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        curve = curves.setdefault(line["stage"], [])
+        while curve and curve[-1][0] >= line["step"]:  # done again
+            curve.pop()
+        curve.append((line["step"], max(line["loss"], 1e-6)))
+    make_chart({stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
+                for stage, curve in curves.items()}, "step", "loss", log=True).save(folder / "curves.png")
+
+
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
 NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-FIXED = ("preset", "data", "image_size", "init_from")  # options that a run keeps from its first command on
+FIXED = ("preset", "data", "image_size", "init_from", "tokens")  # options that a run keeps from its first command on
 SAVED = (*FIXED, "data_dir", "flip", "seed", "precision", "freeze_text", "cache")  # those that later commands take over
 
 
@@ -887,6 +920,8 @@ def make_parser():
     add("--data-dir", help="where the data set lies; Shapes needs none")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir first")
     add("--image-size", type=positive, help="side of the images in pixels, the preset's if not given")
+    add("--tokens", action=argparse.BooleanOptionalAction, default=False,
+        help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
         help="mirror images at random; not where captions say left and right")
     add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
@@ -936,6 +971,8 @@ def begin(args):
     else:
         config = copy.deepcopy(PRESETS[args.preset])
         config.text_b, config.image_size = config.text_c, args.image_size  # one text encoder's sizes for both stages
+        if args.tokens:
+            config.b.token_width, config.b.sees_semantic = config.b.channels[0], (False,) * len(config.b.channels)
         tokenizer = train_tokenizer(args, config)
         config.text_c.vocab_size, config.text_c.length = len(tokenizer), tokenizer.length
         with torch.device("meta"):  # no weights yet: only the sizes and the tokenizer are saved
@@ -998,6 +1035,7 @@ def main(argv=None):
             run.model.save_stage(run.folder, stage)
             (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
             shutil.rmtree(run.folder / "cache", ignore_errors=True)
+            draw_curves(run.folder)
         if distributed.is_initialized():
             distributed.barrier()
     if first:

@@ -96,6 +96,7 @@ class StageBConfig:
     cond_width: int = 1024  # width that text and semantic latents are mapped to
     patch: int = 2
     dropout: float = 0.1
+    token_width: int = 0  # of the token embeddings, if Stage B draws Stage A's codes as in the paper's first version
 
 
 @dataclass
@@ -772,6 +773,14 @@ class StageB(nn.Module):
 
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 4), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 4)"""
+        h = self.out(self.unet(x, t, conditions))
+        # x = a + b·eps: the network says how much of x is clean (a), and how large the noise in it is (b).
+        a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)
+        b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
+        return (x - a) / b
+
+    def unet(self, x, t, conditions):
+        """All but the last layer. x (B, h, w, channels), the rest as in `predict_eps` -> (B, h/patch, w/patch, c[0])"""
         time, depth = time_embedding(t, self.time_width), len(self.down)
         h, skips = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch))), []
         for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.down, conditions[:depth])):
@@ -784,11 +793,41 @@ class StageB(nn.Module):
             h = blocks(h, time, text_kv, skips.pop() if i > 0 else None, semantic)
             if i < len(self.upscale):
                 h = self.upscale[i](h)
+        return self.out_norm(h)
 
-        # x = a + b·eps: the network says how much of x is clean (a), and how large the noise in it is (b).
-        a, b = depth_to_space(self.out(self.out_norm(h)), self.cfg.patch).chunk(2, dim=-1)
-        b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
-        return (x - a) / b
+
+class TokenStageB(StageB):
+    """Stage B of the paper's first version: instead of eps in latents, it predicts Stage A's codes ("tokens"), of which
+    a share t has been replaced by random ones. The semantic latents are seen by attention only, beside the text."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        cfg, codebook_size = config.b, config.a.codebook_size
+        self.semantic_mapper = nn.Linear(config.semantic_channels, cfg.cond_width)
+        self.tokens = nn.Embedding(codebook_size, cfg.token_width)
+        self.token_norm = layer_norm(cfg.token_width)
+        self.embed = nn.Linear(cfg.token_width * cfg.patch**2, cfg.channels[0])
+        self.out = nn.Linear(cfg.channels[0], cfg.token_width * cfg.patch**2)
+        self.logit_norm = layer_norm(cfg.token_width)
+        self.logits = nn.Linear(cfg.token_width, codebook_size, bias=False)
+        for linear in (self.semantic_mapper, self.embed, self.out):
+            init_weights(linear)
+        nn.init.normal_(self.tokens.weight, std=codebook_size**-0.5)
+        self.logits.weight.data = self.tokens.weight.data.clone()  # the same at first, but not tied
+
+    def forward(self, codes, t, semantic, text):
+        """codes: noisy (B, h, w), the rest as in StageB -> logits (B, h, w, codebook_size)"""
+        return self.predict_logits(codes, t, self.encode_conditions(semantic, text, codes.shape[1:3]))
+
+    def encode_conditions(self, semantic, text, size):
+        """The semantic latents' cells and the text as one sequence, hs·ws + L long; per level, its keys and values"""
+        text = torch.cat([self.semantic_mapper(semantic).flatten(1, 2), self.text_mapper(text)], dim=1)
+        return [(None, blocks.keys_values(self.text_norm(text))) for blocks in (*self.down, *self.up)]
+
+    def predict_logits(self, codes, t, conditions):
+        """codes (B, h, w), t (B,), conditions: from `encode_conditions` -> logits (B, h, w, codebook_size)"""
+        h = self.out(self.unet(self.token_norm(self.tokens(codes)), t, conditions))
+        return self.logits(self.logit_norm(depth_to_space(h, self.cfg.patch)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -855,7 +894,7 @@ def alpha_bar(t):
 
         ᾱ(t) = cos²((t + s)/(1 + s)·π/2) / cos²(s/(1 + s)·π/2)
 
-    t: tensor in [0, 1] -> same shape, in [0.0001, 0.9999]"""
+    t: tensor in [0, 1] -> same shape, clamped to [0.0001, 0.9999]"""
     s = 0.008
     start = math.cos(s / (1 + s) * math.pi / 2) ** 2
     return (torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / start).clamp(0.0001, 0.9999)
@@ -936,23 +975,30 @@ def timesteps(steps, device):
     return torch.linspace(1, 0, steps + 1, device=device)
 
 
+def guided(network, x, t, conditions, guidance):
+    """The network's prediction with classifier-free guidance (Ho and Salimans, 2022):
+
+        unconditional + guidance·(conditional − unconditional)
+
+    network(x, t, conditions), x (B, ...), t: scalar tensor; conditions: of B rows; if guidance is not 1, of 2·B: the
+    conditional ones, then the unconditional -> what the network gives for B rows"""
+    if guidance == 1:
+        return network(x, t.expand(len(x)), conditions)
+    conditional, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)
+    return torch.lerp(unconditional, conditional, guidance)
+
+
 @torch.no_grad()
 def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler="ddpm", after_step=None):
-    """The sampling loop (section 3.3), with classifier-free guidance (Ho and Salimans, 2022):
-
-        eps = eps(x, unconditional) + guidance·(eps(x, conditional) − eps(x, unconditional))
+    """The sampling loop (section 3.3).
 
     network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
-    conditions: of B rows; if guidance is not 1, of 2·B: the conditional ones, then the unconditional; sampler: "ddpm"
-    or "ddim"; generator: for the `normal_noise` of each DDPM step, the last too, where it counts for nothing;
-    after_step(x, x0, t_next) -> x: called after each step with x, the x0 that was predicted before the step, and the
-    time reached; what it returns is the new x. ValueError for another sampler. -> (B, H, W, C)"""
+    conditions and guidance: see `guided`; sampler: "ddpm" or "ddim"; generator: for the `normal_noise` of each DDPM
+    step, the last too, where it counts for nothing; after_step(x, x0, t_next) -> x: called after each step with x, the
+    x0 that was predicted before the step, and the time reached; what it returns is the new x. ValueError for another
+    sampler. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
-        if guidance == 1:
-            eps = network(x, t.expand(len(x)), conditions)
-        else:
-            conditional, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)
-            eps = torch.lerp(unconditional, conditional, guidance)
+        eps = guided(network, x, t, conditions, guidance)
         x0 = predict_x0(x, eps, t)
         if sampler == "ddpm":
             x = ddpm_step(x, eps, t, t_next, normal_noise(x.shape, generator, x.device))
@@ -963,6 +1009,51 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
         if after_step is not None:
             x = after_step(x, x0, t_next)
     return x
+
+
+# The same for tokens: Stage B of the paper's first version.
+
+
+def uniform_noise(shape, generator, device):
+    """Uniform noise in [0, 1) (B, ...). generator: as in `normal_noise`"""
+    if isinstance(generator, list):
+        return torch.cat([uniform_noise((1, *shape[1:]), one, device) for one in generator])
+    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def replace_tokens(codes, others, t, generator=None):
+    """The noise of tokens: replaces each code by the one of `others`, random codes, with probability t.
+    codes and others (B, h, w), t (B,) -> noisy codes (B, h, w), and which were replaced, bool (B, h, w)"""
+    replaced = uniform_noise(codes.shape, generator, codes.device) < t.view(-1, 1, 1)
+    return torch.where(replaced, others, codes), replaced
+
+
+def token_loss(logits, codes, replaced, t):
+    """Cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and by 0.3 + 0.7·t elsewhere:
+    the weighted mean of each image, then the mean over images.
+    logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> scalar"""
+    errors = F.cross_entropy(logits.movedim(-1, 1).float(), codes, label_smoothing=0.1, reduction="none")
+    weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t.view(-1, 1, 1))
+    return ((weight * errors).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))).mean()
+
+
+@torch.no_grad()
+def sample_tokens(network, start, times, conditions, guidance=1.0, generator=None, temperatures=(1.0, 0.2),
+                  after_step=None):
+    """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature, with a temperature
+    that falls from the first to the second; then it puts back the starting code of each token with probability t_next.
+    network(codes, t, conditions) -> logits; start: random codes (B, h, w); after_step(codes, drawn, t_next) -> codes;
+    the rest as in `sample` -> codes (B, h, w)"""
+    codes = start
+    for t, t_next, temperature in zip(times[:-1], times[1:], torch.linspace(*temperatures, len(times) - 1).tolist()):
+        logits = guided(network, codes, t, conditions, guidance).float()
+        # The largest of logits + Gumbel noise is a draw from their softmax.
+        gumbel = -(-uniform_noise(logits.shape, generator, codes.device).log()).log()
+        drawn = (logits / temperature + gumbel).argmax(dim=-1)
+        codes, _ = replace_tokens(drawn, start, t_next.expand(len(codes)), generator)
+        if after_step is not None:
+            codes = after_step(codes, drawn, t_next)
+    return codes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -999,7 +1090,7 @@ class Wuerstchen(nn.Module):
         self.text_b = TextEncoder(config.text_b)
         self.a = VQGAN(config)
         self.compressor = SemanticCompressor(config)
-        self.b = StageB(config)
+        self.b = (TokenStageB if config.b.token_width else StageB)(config)
         self.c = StageC(config)
 
     @property
@@ -1034,12 +1125,17 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def sample_b(self, x, times, semantic, prompts, negative="", guidance=1.0, **options):
-        """Stage B. x: noise (B, h, w, 4); semantic (B, hs, ws, 16); the rest as in `sample_c`. The unconditional branch
-        sees the negative prompt and semantic latents of zeros. -> Stage A's latents (B, h, w, 4)"""
+        """Stage B. x: noise (B, h, w, 4), or random codes (B, h, w) for a TokenStageB; semantic (B, hs, ws, 16); the
+        rest as in `sample_c`. The unconditional branch sees the negative prompt and semantic latents of zeros.
+        -> Stage A's latents (B, h, w, 4)"""
         if guidance != 1:
             prompts = add_negatives(prompts, negative)
             semantic = torch.cat([semantic, torch.zeros_like(semantic)])
         conditions = self.b.encode_conditions(semantic, self.encode_text(prompts, "b"), x.shape[1:3])
+        if self.config.b.token_width:
+            options.pop("sampler", None)  # tokens have one way only
+            codes = sample_tokens(self.b.predict_logits, x, times, conditions, guidance, **options)
+            return self.a.quantizer.codebook[codes]
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale
 
     @torch.no_grad()
@@ -1048,7 +1144,10 @@ class Wuerstchen(nn.Module):
         """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, latent_size (h, w): of Stage A's latents (None:
         as trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
         shape = len(prompts), *(latent_size or [self.config.image_size // 4] * 2), self.config.latent_channels
-        x = normal_noise(shape, generator, self.device)
+        if self.config.b.token_width:
+            x = (uniform_noise(shape[:3], generator, self.device) * self.config.a.codebook_size).long()
+        else:
+            x = normal_noise(shape, generator, self.device)
         latents = self.sample_b(x, timesteps(steps, self.device), semantic, prompts, negative, guidance,
                                 generator=generator, **options)
         return self.a.decode(latents).float().clamp(0, 1)

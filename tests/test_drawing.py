@@ -1,4 +1,7 @@
 """Every way of drawing, for what it promises; on a small model with random weights."""
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -218,3 +221,20 @@ def test_odd_images_look_as_in_a_viewer(tmp_path):
         for x, y, expected in ((2, 16, colour), (29, 16, colour)) if colour else ((16, 2, RED), (16, 29, BLUE)):
             assert abs(image[y, x] - expected).max() <= 8, name
     assert script.load_image(np.zeros((20, 60, 3), np.uint8), (20, 40)).size == (40, 20)
+
+
+def test_chart():
+    """Points lie where the axes say, on a frame from (60, 24) to (450, 316)."""
+    red, blue = (215, 48, 31), (43, 108, 176)  # of the first curve and the second
+    for log, middle, height in ((False, 10, 24), (True, 10 ** 0.5, 170)):
+        curves = {"a": [(0, 1), (50, middle), (100, 10)], "b": [(0, 1), (100, 1)]}
+        chart = script.make_chart(curves, "x", "y", log)
+        assert chart.getpixel((450, 24)) == red and chart.getpixel((255, height)) == red
+        assert chart.getpixel((200, 316 if log else 287)) == blue  # an axis that is not logarithmic begins at 0
+    assert script.make_chart({"one": [(3, 3)]}, "x", "y").size == (640, 360)
+
+
+def test_fill_needs_latents(model):
+    tokens = SimpleNamespace(config=replace(model.config, b=replace(model.config.b, token_width=8)))
+    with pytest.raises(ValueError, match="tokens"):
+        script.fill(tokens, torch.zeros(1, 64, 64, 3), torch.ones(1, 64, 64) > 0, ["a red star"])

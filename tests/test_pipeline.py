@@ -16,7 +16,7 @@ from wuerstchen import Wuerstchen
 def test_all_stages_leave_what_they_promise(run):
     names = {path.name for path in run.iterdir()}
     assert names == {"config.json", "options.json", "tokenizer", "text.pt", "clip.pt", "a.pt", "b.pt", "c.pt", "sheets",
-                     "metrics.jsonl"}
+                     "curves.png", "metrics.jsonl"}
     assert {path.name for path in (run / "sheets").iterdir()} == {f"{stage}_000004.png" for stage in "abc"}
     assert Image.open(run / "sheets/a_000004.png").width == 8 * 68 + 4
     rows = metrics(run)
