@@ -800,9 +800,7 @@ def set_scale(run):
 
 def train_b(run):
     """Stage B and the semantic compressor, jointly: the compressor keeps what helps B to draw."""
-    model = run.model
-
-    tokens = model.config.b.token_width > 0
+    model, tokens = run.model, run.model.config.b.token_width > 0
 
     def compute(images, captions):
         # Stage A and the text encoder no longer change.

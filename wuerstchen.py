@@ -950,10 +950,7 @@ def normal_noise(shape, generator, device):
     image on any device. generator: one for the batch (None: PyTorch's own), or a list of B, one per image: then an
     image does not depend on what else is in the batch."""
     B, H, W, C = shape
-    if isinstance(generator, list):
-        return torch.cat([normal_noise((1, H, W, C), one, device) for one in generator])
-    noise = torch.randn(B, C, H, W, generator=generator, device=generator.device if generator else device)
-    return noise.to(device).permute(0, 2, 3, 1).contiguous()
+    return uniform_noise((B, C, H, W), generator, device, torch.randn).permute(0, 2, 3, 1).contiguous()
 
 
 def generators(seed, count):
@@ -1014,11 +1011,11 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 # The same for tokens: Stage B of the paper's first version.
 
 
-def uniform_noise(shape, generator, device):
-    """Uniform noise in [0, 1) (B, ...). generator: as in `normal_noise`"""
+def uniform_noise(shape, generator, device, draw=torch.rand):
+    """Uniform noise in [0, 1), or what `draw` gives, (B, ...). generator: as in `normal_noise`"""
     if isinstance(generator, list):
-        return torch.cat([uniform_noise((1, *shape[1:]), one, device) for one in generator])
-    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
+        return torch.cat([uniform_noise((1, *shape[1:]), one, device, draw) for one in generator])
+    return draw(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
 def replace_tokens(codes, others, t, generator=None):
