@@ -1029,7 +1029,8 @@ def token_loss(logits, codes, replaced, t):
     """Cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and by 0.3 + 0.7·t elsewhere:
     the weighted mean of each image, then the mean over images.
     logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> scalar"""
-    errors = F.cross_entropy(logits.movedim(-1, 1).float(), codes, label_smoothing=0.1, reduction="none")
+    errors = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="none")
+    errors = errors.view_as(codes)
     weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t.view(-1, 1, 1))
     return ((weight * errors).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))).mean()
 

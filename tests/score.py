@@ -6,8 +6,8 @@ Measures how good a trained run is, on captions and images that it was not train
     python tests/score.py --run runs/tiny --sweep --out sweep.png "a red star"
 
 --sweep changes the guidance scale and the numbers of steps, one at a time: a table for each, the same numbers in
-sweep.json, and a grid of images. Below: formulas; the checker of Shapes, which looks only at the pixels and says which
-attributes of a caption an image has; Judge, which computes a row of a table; the two commands.
+sweep.json, a chart, and a grid of images. Below: formulas; the checker of Shapes, which looks only at the pixels and
+says which attributes of a caption an image has; Judge, which computes a row of a table; the two commands.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import make_sheet, pick_device, vary  # noqa: E402
+from sample import make_chart, make_sheet, pick_device, vary  # noqa: E402
 from train import BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, open_data, parse, read_options  # noqa: E402
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
 
@@ -309,6 +309,11 @@ def sweep(model, args):
     for name, values in SWEEP.items():
         tables[name] = {value: judge(draw(model, captions, args, **{name: value}), captions, real) for value in values}
         print_table(name, tables[name])
+    if judge.shapes:
+        curves = {name: [(value, 100 * row["whole"]) for value, row in table.items()] for name, table in tables.items()}
+        path = Path(args.out).with_suffix(".chart.png")
+        make_chart(curves, "guidance scale, or steps", "whole captions right, %").save(path)
+        print(f"wrote {path}")
     finish(judge, args, "sweep.json", tables)
 
 

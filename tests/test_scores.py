@@ -181,3 +181,5 @@ def test_sweep(run, tmp_path, monkeypatch):
     assert list(tables["steps_c"]) == ["1", "2", "4", "8", "16", "60"] and tables["cfg"]["1"]["whole"] == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 7 * 64 and grid.height > 6 * 64
+    with Image.open(tmp_path / "grid.chart.png") as chart:
+        assert chart.size == (640, 360)

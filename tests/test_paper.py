@@ -1,0 +1,64 @@
+"""The tools with which the paper's claims are measured: that they compare what they say."""
+import json
+
+import pytest
+import torch
+
+import paper
+import train
+from small import make_model, one_core, shapes  # noqa: F401
+from wuerstchen import PRESETS, StageB, StageC
+
+
+def test_baseline_has_as_many_parameters_as_b_and_c():
+    with torch.device("meta"):
+        unet, b, c = (sum(p.numel() for p in make(PRESETS["tiny"]).parameters())
+                      for make in (paper.make_baseline, StageB, StageC))
+    assert unet == pytest.approx(b + c, rel=0.01)
+
+
+def test_semantic_cells():
+    model, images = make_model(), shapes(2)
+    for n in (1, 4):
+        with paper.semantic_cells(n):
+            assert model.compress(images).shape == (2, n, n, 16) and model.config.grid(64, 64) == ((n, n), (16, 16))
+    assert model.compress(images).shape == (2, 2, 2, 16)
+
+
+@torch.no_grad()
+def test_draw_baseline():
+    model = make_model()
+    unet = paper.make_baseline(model.config).eval()
+    torch.nn.init.normal_(unet.out.weight, std=0.1)  # as made, it does not look at the caption
+    images = paper.draw_baseline(model, unet, model.text_b, ["a red star", "a red star", "a blue cross"], [5, 5, 5], 2)
+    assert images.shape == (3, 64, 64, 3) and torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_baseline(run, tmp_path, monkeypatch):
+    """Both are trained and watched; the time that the measuring takes does not count."""
+    def slow(images, captions):
+        clock[0] += 1000
+        return {"whole": images.mean().item()}
+
+    def tick():
+        clock[0] += 1
+        return clock[0]
+
+    clock = [0]
+    monkeypatch.setattr(paper.time, "time", tick)
+    monkeypatch.setattr(paper, "check_all", slow)
+    monkeypatch.setattr(paper, "OUT", tmp_path)
+    monkeypatch.setattr(paper, "draw", lambda model, captions: torch.full((96, 64, 64, 3), 0.25))
+    monkeypatch.setattr(paper, "draw_baseline",
+                        lambda model, unet, text, captions, seeds: torch.full((len(seeds), 64, 64, 3), 0.5))
+    monkeypatch.setitem(train.RECIPES, "tiny", {stage: train.Recipe(3, 8, 1e-3) for stage in train.TRAIN})
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    paper.main(["baseline", "--run", str(run), "--steps", "3"])
+    found = json.loads((tmp_path / "baseline.json").read_text("utf-8"))
+    curves = found.pop("(seconds, (whole captions, Fréchet))")
+    b, c, unet = (curves[name] for name in ("B, then C", "C on a trained B", "one U-Net"))
+    assert [len(curve) for curve in curves.values()] == [3, 3, 3]
+    assert all(whole == 0.25 for _, (whole, _) in c) and all(whole == 0.5 for _, (whole, _) in unet)
+    assert all(seconds < 1000 for seconds, _ in c) and all(late[0] > early[0] for late, early in zip(b, c))
+    assert (tmp_path / "baseline.png").exists()
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
