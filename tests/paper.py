@@ -1,6 +1,5 @@
 """
-The paper's claims, measured in miniature on Shapes. All but `compression` start from a finished default run
-(python train.py):
+The paper's claims, measured in miniature on Shapes, with a finished default run (python train.py):
 
     python tests/paper.py baseline       Stage C on a trained B, against one U-Net on Stage A's latents (section 4, E.4)
     python tests/paper.py speed          seconds per image, by batch and image size (figure 4)
@@ -9,13 +8,14 @@ The paper's claims, measured in miniature on Shapes. All but `compression` start
     python tests/paper.py size           steps that Stage C needs at another size, from trained weights and from none
 
 Each takes at most half an hour on two CPU cores and writes tests/paper/NAME.json, with a chart or a sheet of images
-beside it. Everything is seeded. Networks are trained by train.py's own stages, in runs/paper_*.
+beside it. Everything is seeded. Stages B and C are trained by train.py, in folders paper_* beside the default run's.
 """
 
 import argparse
 import contextlib
 import copy
 import json
+import math
 import shutil
 import sys
 import time
@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).parent.parent
-sys.path[:0] = [str(HERE), str(HERE / "tests")]
+sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
 import wuerstchen  # noqa: E402
 from sample import make_chart, make_sheet  # noqa: E402
 from score import check_all, frechet, in_batches, psnr  # noqa: E402
-from wuerstchen import (CLIP, PRESETS, Config, StageB, Wuerstchen, add_noise, diffusion_loss, generators,  # noqa: E402
+from wuerstchen import (CLIP, Config, StageB, Wuerstchen, add_noise, diffusion_loss, generators,  # noqa: E402
                         normal_noise, sample, timesteps)
 
 OUT = HERE / "tests" / "paper"
@@ -41,8 +41,7 @@ OUT = HERE / "tests" / "paper"
 def write(name, results, image):
     """Prints results; writes them, and an image, to OUT."""
     OUT.mkdir(exist_ok=True)
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    print(text)
+    print(text := json.dumps(results, indent=1, ensure_ascii=False))
     (OUT / f"{name}.json").write_text(text + "\n", "utf-8")
     image.save(OUT / f"{name}.png")
 
@@ -61,8 +60,9 @@ def start_run(args, name, files, image_size=None):
     return folder
 
 
-def logged(folder, stage):
-    """A stage's lines of metrics.jsonl."""
+def train_stage(stage, folder, *options):
+    """Trains a stage of a run -> its lines of metrics.jsonl"""
+    train.main([stage, "--run", str(folder), "--device", "cpu", *options])
     lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["stage"] == stage]
 
@@ -82,16 +82,19 @@ def draw(model, captions):
 # ----------------------------------------------------------------------------------------------------------------------
 # The baseline: one text-conditional U-Net on Stage A's latents, with as many parameters as Stages B and C together.
 
+UNET_STEPS = 30  # to draw an image
+
 
 def make_baseline(config):
-    """Stage B's network without semantic latents. What it has more than Stage B is in its lower levels, where a
-    parameter costs least time."""
+    """Stage B's network without semantic latents. The channels that it has more than Stage B are at the lower
+    resolutions, where a parameter costs least time."""
     config = copy.deepcopy(config)
     config.b.channels, config.b.sees_semantic = (64, 192, 240), (False,) * 3
     return StageB(config)
 
 
-def draw_baseline(model, network, text_encoder, captions, seeds, steps=30, guidance=2.0):
+@torch.no_grad()
+def draw_baseline(model, network, text_encoder, captions, seeds, steps=UNET_STEPS, guidance=2.0):
     """captions: list of B, seeds: list of B -> images (B, H, W, 3)"""
     ids, mask = model.tokenizer(captions + [""] * len(captions))
     side, generator = model.config.image_size // 4, generators(seeds, len(captions))
@@ -102,8 +105,8 @@ def draw_baseline(model, network, text_encoder, captions, seeds, steps=30, guida
 
 
 def train_baseline(folder, steps):
-    """As Stages B and C are trained: from Stage B the recipe and the times, from Stage C the text encoder that goes on
-    learning and the 5 % of dropped captions."""
+    """As Stage B: the recipe, the scale of the latents, the times. As Stage C: the text encoder is trained too, and 5 %
+    of the captions are dropped."""
     parser = train.make_parser()
     parser.set_defaults(**train.read_options(folder), device="cpu", run=str(folder), steps=steps)
     run = train.Run(parser.parse_args([]))
@@ -129,13 +132,13 @@ def train_baseline(folder, steps):
 
 
 @contextlib.contextmanager
-def watch(measure, times=6):
-    """While this is open, train.fit draws no sheets; instead it stops the clock `times` times and calls
-    measure(run.model, averaged network). -> the list of (seconds of training, what was measured), which grows"""
+def watch(measure, times=5):
+    """While this is open, train.fit draws no sheets. Instead it calls measure(run.model, averaged network) about
+    `times` times. -> a growing list of (seconds of training, without those of measuring; what was measured)"""
     fit, found = train.fit, []
 
     def watched(run, stage, network, batches, loss_fn, preview, lr_scale):
-        run.args.save_every, start, stopped = -(-run.recipe(stage).steps // times), time.time(), 0
+        run.args.save_every, start, stopped = math.ceil(run.recipe(stage).steps / times), time.time(), 0
 
         def look(average, images, captions):
             nonlocal stopped
@@ -150,51 +153,53 @@ def watch(measure, times=6):
 
 
 def baseline(args):
-    captions, seeds = test_set(192)[1][:96], list(range(96))
-    model = Wuerstchen.load(args.run)
-    clip = CLIP(model.config).eval()
+    images, captions = test_set(192)
+    captions, seeds, real = captions[:96], list(range(96)), images[96:]
+    clip = CLIP(Wuerstchen.load(args.run, ()).config).eval()
     clip.load_state_dict(torch.load(Path(args.run) / "clip.pt", weights_only=True))
 
+    @torch.no_grad()
     def judge(images):
-        """-> whole captions right, and the Fréchet distance to other test images"""
         x, y = (in_batches(lambda some: clip.image_features(some).mean(dim=1), some) for some in (images, real))
-        return check_all(images, captions)["whole"], frechet(x, y)
+        return {"whole": check_all(images, captions)["whole"], "Fréchet": frechet(x, y)}
 
     def with_c(model, average):
         model.text_c, model.c = average["text_c"], average["c"]
         return judge(draw(model, captions))
 
-    def with_baseline(model, average):
+    def with_unet(model, average):
         return judge(in_batches(lambda some, seeds: draw_baseline(model, average["unet"], average["text"], some, seeds),
                                 captions, seeds))
 
-    with torch.no_grad():
-        real = test_set(192)[0][96:]
+    # Machines drift: so B's time, which the default run knows, is measured again, in some steps.
+    recipe = train.RECIPES["tiny"]["b"]
+    line = train_stage("b", start_run(args, "b", ("text.pt", "a.pt")), "--steps", "60", "--cache", "512")[-1]
+    b_seconds = recipe.steps * recipe.batch / line["images_per_s"]
     with watch(with_c) as c:
-        train.main(["c", "--run", str(start_run(args, "c", ("text.pt", "a.pt", "b.pt")))])
-    with watch(with_baseline) as unet:
+        train_stage("c", start_run(args, "c", ("text.pt", "a.pt", "b.pt")))
+    with watch(with_unet) as unet:
         train_baseline(start_run(args, "baseline", ("text.pt", "a.pt")), args.steps or 1500)
-    last = logged(args.run, "b")[-1]
-    b = last["step"] * train.RECIPES["tiny"]["b"].batch / last["images_per_s"]
-    curves = {"C on a trained B": c, "B, then C": [(b + seconds, found) for seconds, found in c], "one U-Net": unet}
-    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in (
-        ("B", model.b), ("C", model.c), ("one U-Net", make_baseline(model.config)))}
-    write("baseline", {"parameters": parameters, "(seconds, (whole captions, Fréchet))": curves}, make_chart(
-        {name: [(0, 0)] * (name != "B, then C") + [(seconds / 60, 100 * whole) for seconds, (whole, _) in curve]
-         for name, curve in curves.items()}, "minutes of training steps", "whole captions right, %"))
+    curves = {"C on a trained B": c, "B, then C": [(b_seconds + seconds, found) for seconds, found in c],
+              "one U-Net": unet}
+    write("baseline", {name: [{"seconds": seconds, **found} for seconds, found in curve]
+                       for name, curve in curves.items()},
+          make_chart({name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
+                      for name, curve in curves.items()}, "minutes of training steps", "whole captions right, %"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Inference.
 
+SPEED = ("C", "B", "A", "three stages", "one U-Net, then A")
+
 
 @torch.no_grad()
 def speed(args):
-    """Three stages as `generate` runs them (C 60 steps with guidance, B 12 without) and the baseline (60 steps with
-    guidance), with random weights. The median of three."""
-    config = copy.deepcopy(PRESETS["tiny"])
-    model = Wuerstchen(config, Wuerstchen.load(args.run, ()).tokenizer).eval()
-    unet, results = make_baseline(config).eval(), {}
+    """Three stages as `generate` runs them (C 60 steps with guidance, B 12 without), and the baseline with guidance.
+    The median of three. The baseline's weights are random: they don't change its time."""
+    torch.manual_seed(0)
+    model, results = Wuerstchen.load(args.run), {}
+    unet = make_baseline(model.config).eval()
 
     def timed(function):
         """-> seconds, and what the function returns"""
@@ -206,17 +211,18 @@ def speed(args):
         return sorted(seconds)[1], out
 
     for size, batch in ((128, 1), (128, 4), (128, 16), (256, 1), (256, 4), (512, 1)):
-        captions, (cells, latents) = ["a red star"] * batch, config.grid(size, size)
+        captions, (cells, latents) = ["a red star"] * batch, model.config.grid(size, size)
         noise_c, noise_b = (normal_noise((batch, *shape), None, "cpu") for shape in ((*cells, 16), (*latents, 4)))
         c, semantic = timed(lambda: model.sample_c(noise_c, timesteps(60, "cpu"), captions))
         b, drawn = timed(lambda: model.sample_b(noise_b, timesteps(12, "cpu"), semantic, captions))
         a, _ = timed(lambda: model.a.decode(drawn))
-        conditions = unet.encode_conditions(None, model.encode_text(captions + [""] * batch, "b"), latents)
-        six, _ = timed(lambda: sample(unet.predict_eps, noise_b, timesteps(6, "cpu"), conditions, 4.0))
-        seconds = {"C": c, "B": b, "A": a, "three stages": c + b + a, "one U-Net and A": 10 * six + a}  # 60 steps
-        results[f"{size} px, batch {batch}"] = {name: round(s / batch, 3) for name, s in seconds.items()}
+        text, conditions = timed(lambda: unet.encode_conditions(
+            None, model.encode_text(captions + [""] * batch, "b"), latents))
+        steps, _ = timed(lambda: sample(unet.predict_eps, noise_b, timesteps(5, "cpu"), conditions, 2.0))
+        seconds = (c, b, a, c + b + a, text + UNET_STEPS / 5 * steps + a)
+        results[f"{size} px, batch {batch}"] = {name: round(s / batch, 3) for name, s in zip(SPEED, seconds)}
     write("speed", {"seconds per image": results}, make_chart(
-        {name: [(size, results[f"{size} px, batch 1"][name]) for size in (128, 256, 512)] for name in seconds},
+        {name: [(size, results[f"{size} px, batch 1"][name]) for size in (128, 256, 512)] for name in SPEED},
         "side in pixels", "seconds per image, batch 1", log=True))
 
 
@@ -237,29 +243,25 @@ def semantic_cells(n):
 
 
 def compression(args):
-    """The preset "quick" (64 px) with 4x4, 2x2 and 1x1 cells: Stages B and C of equal budgets, from one text encoder
-    and one Stage A. "rebuilt": from the semantic latents of test images, by B without a caption."""
+    """4x4, 2x2 and 1x1 cells for images of 64 px: B and C trained for as many steps each, with the default run's text
+    encoder and Stage A. "rebuilt": from the semantic latents of test images, by B without a caption. The sheet: test
+    images; then, for each grid, a row that is rebuilt and a row that is drawn."""
     (images, captions), seeds, rows, results = test_set(96, 64), list(range(96)), [], {}
-    first = Path(args.run).parent / "paper_compression"
-    shutil.rmtree(first, ignore_errors=True)
-    train.main(["text", "--preset", "quick", "--run", str(first)])
-    train.main(["a", "--run", str(first)])
     for n in (4, 2, 1):
-        folder = first.with_name(f"paper_compression_{n}")
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(first, folder)
-        with semantic_cells(n), torch.no_grad():
-            with torch.enable_grad():
-                train.main(["b", "--run", str(folder), "--steps", str(args.steps or 1400)])
-                train.main(["c", "--run", str(folder), "--steps", "300"])
+        folder = start_run(args, f"compression_{n}", ("text.pt", "a.pt"), image_size=64)
+        weights = torch.load(folder / "a.pt", weights_only=True)
+        weights["a"]["scale"] /= 2  # as train.set_scale has it for half the size
+        torch.save(weights, folder / "a.pt")
+        with semantic_cells(n):
+            train_stage("b", folder, "--steps", str(args.steps or 1200), "--cache", "4096")
+            train_stage("c", folder, "--steps", str(args.steps or 300))
             model = Wuerstchen.load(folder)
             rebuilt = in_batches(lambda x, seeds: model.reconstruct(x, seed=seeds)[1], images, seeds)
             drawn = draw(model, captions)
         rows += [rebuilt[:8], drawn[:8]]
-        results[f"{n}x{n}"] = {"numbers": 16 * n * n, "rebuilt": check_all(rebuilt, captions)["whole"],
+        results[f"{n}x{n}"] = {"semantic numbers": 16 * n * n, "rebuilt": check_all(rebuilt, captions)["whole"],
                                "PSNR": psnr(rebuilt, images).mean().item(),
-                               "drawn": check_all(drawn, captions)["whole"],
-                               "loss of C": logged(folder, "c")[-1]["loss"]}
+                               "drawn": check_all(drawn, captions)["whole"]}
     write("compression", results, make_sheet([images[:8], *rows], captions[:8]))
 
 
@@ -268,39 +270,44 @@ def compression(args):
 
 
 def stages(args):
-    """A small convolutional decoder learns to turn semantic latents into images, by their mean squared error; then it
-    decodes what Stage C draws. Beside it, Stages B and A, with and without the caption."""
+    """A small convolutional decoder learns to turn semantic latents into images, by mean squared error. Then it decodes
+    those of test images and those that Stage C draws. Beside it, Stages B and A, with and without the caption."""
     model, layers, steps = Wuerstchen.load(args.run), [], args.steps or 1500
     torch.manual_seed(0)
     for c_in, c_out in ((16, 256), (256, 128), (128, 64), (64, 32), (32, 16)):  # 3x3 -> 96x96
         layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1), nn.GELU()]
-    decoder = nn.Sequential(*layers, nn.Upsample((128, 128), mode="bilinear"), nn.Conv2d(16, 3, 3, padding=1))
+    network = nn.Sequential(*layers, nn.Upsample((128, 128), mode="bilinear"), nn.Conv2d(16, 3, 3, padding=1))
+
+    def decoder(semantic):  # (B, 3, 3, 16) -> (B, 128, 128, 3)
+        return network(semantic.movedim(-1, 1)).movedim(1, -1)
+
     images = torch.stack([torch.from_numpy(train.Shapes(128)[i][0]) for i in range(4096)])
     with torch.no_grad():
         semantic = in_batches(lambda some: model.compress(some / 255), images)
-    optimizer = torch.optim.AdamW(decoder.parameters(), 2e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for step in range(steps):
-        rows = torch.randint(len(images), (32,))
-        loss = (decoder(semantic[rows].movedim(-1, 1)).movedim(1, -1) - images[rows] / 255).square().mean()
+        chosen = torch.randint(len(images), (32,))
         optimizer.zero_grad()
-        loss.backward()
+        (decoder(semantic[chosen]) - images[chosen] / 255).square().mean().backward()
         optimizer.step()
         schedule.step()
-    captions, seeds = test_set(96)[1], list(range(96))
+
     with torch.no_grad():
-        noise = normal_noise((96, 3, 3, 16), generators(seeds, 96), "cpu")
-        drawn = model.sample_c(noise, timesteps(60, "cpu"), captions, guidance=2.0)
+        (real, captions), seeds = test_set(96), list(range(96))
+        compressed, generator = in_batches(model.compress, real), generators(seeds, 96)
+        drawn = model.sample_c(normal_noise((96, 3, 3, 16), generator, "cpu"), timesteps(60, "cpu"), captions,
+                               guidance=2.0, generator=generator)
 
         def by_b(captions):
             return in_batches(lambda x, some, seeds: model.from_semantic(x, some, generator=generators(seeds, len(x))),
                               drawn, captions, seeds)
 
-        rows = {"C, then the small decoder": decoder(drawn.movedim(-1, 1)).movedim(1, -1).clamp(0, 1),
+        rows = {"the images": real, "compressed, then the small decoder": decoder(compressed).clamp(0, 1),
+                "C, then the small decoder": decoder(drawn).clamp(0, 1),
                 "C, then B without the caption": by_b([""] * 96), "C, then B with the caption": by_b(captions)}
-    write("stages", {"decoder's loss": loss.item(), "whole captions": {
-        name: check_all(images, captions)["whole"] for name, images in rows.items()}},
-        make_sheet([images[:8] for images in rows.values()], captions[:8]))
+    write("stages", {"whole captions": {name: check_all(row, captions)["whole"] for name, row in rows.items()}},
+          make_sheet([row[:8] for row in rows.values()], captions[:8]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,23 +315,23 @@ def stages(args):
 
 
 def size(args):
-    """Stage C with 4x4 cells (160 px) and 6x6 (256 px), from the weights for 3x3 cells and from nothing, with the same
-    schedule: the steps after which its loss, as a mean of 16, is below a value."""
+    """Stage C with 4x4 cells (160 px) and 6x6 (256 px), from the weights for 3x3 cells and from new ones, with the same
+    schedule: the steps after which its training loss, as a mean of 16, is below a value. The compressor and the
+    contrastive text encoder are the default run's in both."""
     results, curves = {}, {}
     options = ["--steps", str(args.steps or 192), "--cache", "2048", "--batch-size", "64", "--log-every", "1"]
     for side, n in ((160, 4), (256, 6)):
-        for name in (f"{n}x{n}, from weights", f"{n}x{n}, from nothing"):
-            if "weights" in name:
-                folder = Path(args.run).parent / "paper_size"
-                shutil.rmtree(folder, ignore_errors=True)
-                train.main(["c", "--run", str(folder), "--init-from", args.run, "--image-size", str(side), *options])
-            else:
-                folder = start_run(args, "size", ("text.pt", "a.pt", "b.pt"), image_size=side)
-                train.main(["c", "--run", str(folder), *options])
-            losses = torch.tensor([line["loss"] for line in logged(folder, "c")]).unfold(0, 16, 1).mean(dim=1).tolist()
+        for trained in (True, False):
+            folder = start_run(args, "size", ("text.pt", "a.pt", "b.pt"), image_size=side)
+            if trained:
+                shutil.rmtree(folder)  # it begins with those of --init-from
+            start = ["--init-from", args.run, "--image-size", str(side)] if trained else []
+            lines = train_stage("c", folder, *start, *options)
+            losses = torch.tensor([line["loss"] for line in lines]).unfold(0, 16, 1).mean(dim=1).tolist()
+            name = f"{n}x{n}, {'trained at 3x3' if trained else 'new weights'}"
             curves[name] = list(enumerate(losses, 16))
             results[name] = {f"loss {value}": next((i for i, loss in curves[name] if loss < value), None)
-                             for value in (0.2, 0.1, 0.05)}
+                             for value in (0.08, 0.06, 0.04)}
     write("size", results, make_chart(curves, "steps of C", "loss", log=True))
 
 
