@@ -55,7 +55,7 @@ def error(ours, theirs):  # the largest difference, as a share of the largest va
 def test_vqgan():
     about, x = golden("vqgan")
     a = filled("a", about)
-    assert error(a.encode(last(x["picture"])), last(x["latents"])) < 1e-5
+    assert error(a.encode(last(x["image"])), last(x["latents"])) < 1e-5
     quantized, codes, loss = a.quantizer(last(x["latents"]))
     assert (codes == x["indices"]).all() and len(codes.unique()) > 10
     assert error(quantized, last(x["quantized"])) < 1e-5 and error(loss, x["quantizer_loss"]) < 1e-5
@@ -67,7 +67,7 @@ def test_semantic_compressor():
     about, x = golden("effnet")
     compressor = filled("compressor", about)
     # the recorded one is already normalised
-    image = last(x["picture"]) * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
+    image = last(x["image"]) * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
     assert error(compressor.backbone(image)[..., ::40], last(x["some_features"])) < 1e-5
     assert error(compressor(image), last(x["semantic"])) < 1e-5
 

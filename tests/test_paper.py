@@ -31,7 +31,8 @@ def test_draw_baseline():
     unet = paper.make_baseline(model.config).eval()
     torch.nn.init.normal_(unet.out.weight, std=0.1)  # as made, it does not look at the caption
     images = paper.draw_baseline(model, unet, model.text_b, ["a red star", "a red star", "a blue cross"], [5, 5, 5], 2)
-    assert images.shape == (3, 64, 64, 3) and torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    assert images.shape == (3, 64, 64, 3)
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_baseline(run, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def describe(model, seed, gain=1.0, adjust=None):
 
 
 def random_input(seed, *shape, uniform=False):
-    """A picture (uniform, steps of 1/64) or normal numbers (steps of 1/16); round numbers compress well."""
+    """An image (uniform, steps of 1/64) or normal numbers (steps of 1/16); round numbers compress well."""
     rng = np.random.default_rng(seed)
     if uniform:
         return torch.from_numpy((rng.integers(0, 65, shape) / 64).astype(np.float32))
@@ -85,27 +85,27 @@ def vqgan():
     """Stage A: encoding, quantizing, and decoding with and without quantization."""
     model = reference.PaellaVQModel(**VQGAN)
     about = describe(model, seed=1)
-    picture = random_input(10, 2, 3, 24, 40, uniform=True)
-    latents = model.encode(picture).latents
+    image = random_input(10, 2, 3, 24, 40, uniform=True)
+    latents = model.encode(image).latents
     quantized, loss, (_, _, indices) = model.vquantizer(latents)
-    save("vqgan", about, picture=picture, latents=latents, quantized=quantized, quantizer_loss=loss,
+    save("vqgan", about, image=image, latents=latents, quantized=quantized, quantizer_loss=loss,
          indices=indices.reshape(2, *latents.shape[2:]), decoded=model.decode(latents).sample,
          decoded_quantized=model.decode(latents, force_not_quantize=False).sample)
 
 
 def effnet():
-    """The semantic compressor, at full size: EfficientNetV2-S and its mapper. The picture is already normalised."""
+    """The semantic compressor, at full size: EfficientNetV2-S and its mapper. The image is already normalised."""
     model = torch.nn.Module()
     model.backbone = torchvision.models.efficientnet_v2_s().features
     model.mapper = torch.nn.Sequential(torch.nn.Conv2d(1280, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
     about = describe(model, seed=2, gain=1.2)
-    picture = random_input(20, 2, 3, 72, 104)
-    features = model.backbone(picture)
-    save("effnet", about, picture=picture, some_features=features[:, ::40], semantic=model.mapper(features))
+    image = random_input(20, 2, 3, 72, 104)
+    features = model.backbone(image)
+    save("effnet", about, image=image, some_features=features[:, ::40], semantic=model.mapper(features))
 
 
 def stage_b():
-    """Stage B: the predicted noise, and the two pictures it is made of (every third row and column)."""
+    """Stage B: the predicted noise, and the two images it is made of (every third row and column)."""
     model = reference.WuerstchenDiffNeXt(**STAGE_B)
     about = describe(model, seed=3)
     inputs = {"x": random_input(30, 2, 4, 32, 48), "r": torch.tensor([0.83, 0.127]),
@@ -206,7 +206,7 @@ def build_snapshot():
     """Describe reduced copies of the hub's two repositories: text files, and the weight files' rule."""
     words = {**TEXT, "hidden_act": "gelu", "vocab_size": len(vocabulary()), "bos_token_id": len(vocabulary()) - 2,
              "eos_token_id": len(vocabulary()) - 1}
-    # Random networks denoise nothing: a noise close to x - a with a small a keeps latents and pictures in range.
+    # Random networks denoise nothing: a noise close to x - a with a small a keeps latents and images in range.
     out_of_b = {"clf.1.weight": [0.15, 0], "clf.1.bias": [1, [0] * 16 + [3] * 16]}
     out_of_b |= {f"effnet_mappers.{level}.weight": [0.05, 0] for level in range(1, 7)}
     to_grey = {"out_block.0.weight": [0.14, 0], "out_block.0.bias": [0.5, 0.5]}
@@ -246,10 +246,10 @@ def build_snapshot():
 
 
 class DecoderForManyPrompts(reference.WuerstchenDecoderPipeline):
-    """The reference repeats each prompt once per picture, also if there are several prompts, and then fails."""
+    """The reference repeats each prompt once per image, also if there are several prompts, and then fails."""
 
-    def encode_prompt(self, prompt, device, pictures, *others):
-        return super().encode_prompt(prompt, device, pictures // len(prompt), *others)
+    def encode_prompt(self, prompt, device, images, *others):
+        return super().encode_prompt(prompt, device, images // len(prompt), *others)
 
 
 def load_pipelines(folder):
@@ -276,7 +276,7 @@ def load_pipelines(folder):
 
 
 def pipeline():
-    """Text to picture, from snapshot folders: several prompts, several pictures of one prompt, the short list."""
+    """Text to image, from snapshot folders: several prompts, several images of one prompt, the short list."""
     snapshot = build_snapshot()
     fast = [float(value) for value in reference.DEFAULT_STAGE_C_TIMESTEPS]
     runs = {
@@ -304,14 +304,14 @@ def pipeline():
                            guidance_scale=run["prior_guidance"], negative_prompt=run["negative_prompt"],
                            num_images_per_prompt=run.get("num_images_per_prompt", 1)).image_embeddings
         latents = {}
-        picture = decoder(embeddings, run["prompt"], num_inference_steps=3, guidance_scale=run["decoder_guidance"],
+        image = decoder(embeddings, run["prompt"], num_inference_steps=3, guidance_scale=run["decoder_guidance"],
                           negative_prompt=run["negative_prompt"], generator=generator, output_type="pt",
                           callback_on_step_end=lambda _, i, t, values: latents.update(values) or {}).images
-        clipped = ((picture <= 0) | (picture >= 1)).float().mean()
-        assert clipped < 0.05, f"{clipped:.3f} of the picture is clipped"
-        run["size"] = list(picture.shape[2:])
+        clipped = ((image <= 0) | (image >= 1)).float().mean()
+        assert clipped < 0.05, f"{clipped:.3f} of the image is clipped"
+        run["size"] = list(image.shape[2:])
         arrays |= {f"{name}_embeddings": embeddings, f"{name}_latents": latents["latents"],
-                   f"{name}_some_pixels": picture[..., ::5, ::5]}
+                   f"{name}_some_pixels": image[..., ::5, ::5]}
     save("pipeline", {"snapshot": snapshot, "runs": runs, "texts": PROMPTS + NEGATIVE + [""]}, **arrays)
 
 
