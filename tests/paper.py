@@ -319,7 +319,7 @@ def size(args):
     schedule: the steps after which its training loss, as a mean of 16, is below a value. The compressor and the
     contrastive text encoder are the default run's in both."""
     results, curves = {}, {}
-    options = ["--steps", str(args.steps or 192), "--cache", "2048", "--batch-size", "64", "--log-every", "1"]
+    options = ["--steps", str(args.steps or 128), "--cache", "1024", "--batch-size", "64", "--log-every", "1"]
     for side, n in ((160, 4), (256, 6)):
         for trained in (True, False):
             folder = start_run(args, "size", ("text.pt", "a.pt", "b.pt"), image_size=side)
