@@ -253,8 +253,8 @@ def compression(args):
         weights["a"]["scale"] /= 2  # as train.set_scale has it for half the size
         torch.save(weights, folder / "a.pt")
         with semantic_cells(n):
-            train_stage("b", folder, "--steps", str(args.steps or 1200), "--cache", "4096")
-            train_stage("c", folder, "--steps", str(args.steps or 300))
+            train_stage("b", folder, "--steps", str(args.steps or 900), "--cache", "4096")
+            train_stage("c", folder, "--steps", str(args.steps or 200))
             model = Wuerstchen.load(folder)
             rebuilt = in_batches(lambda x, seeds: model.reconstruct(x, seed=seeds)[1], images, seeds)
             drawn = draw(model, captions)
