@@ -76,10 +76,10 @@ def make_sheet(rows, captions=(), gap=4):
     return sheet
 
 
-def make_chart(curves, x_label, y_label, log=False, size=(640, 360)):
+def make_chart(curves, x_label, y_label, log=False):
     """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0"""
-    chart = Image.new("RGB", size, "white")
-    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, size[0] - 190, size[1] - 44)
+    chart = Image.new("RGB", (640, 360), "white")
+    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
 
     def axis(values, start, end, log):
         """-> a function from values to pixels, and the values that get a tick"""

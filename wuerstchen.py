@@ -821,8 +821,9 @@ class TokenStageB(StageB):
 
     def encode_conditions(self, semantic, text, size):
         """The semantic latents' cells and the text as one sequence, hs·ws + L long; per level, its keys and values"""
-        text = torch.cat([self.semantic_mapper(semantic).flatten(1, 2), self.text_mapper(text)], dim=1)
-        return [(None, blocks.keys_values(self.text_norm(text))) for blocks in (*self.down, *self.up)]
+        cells = self.semantic_mapper(semantic).flatten(1, 2)
+        text = self.text_norm(torch.cat([cells, self.text_mapper(text)], dim=1))
+        return [(None, blocks.keys_values(text)) for blocks in (*self.down, *self.up)]
 
     def predict_logits(self, codes, t, conditions):
         """codes (B, h, w), t (B,), conditions: from `encode_conditions` -> logits (B, h, w, codebook_size)"""
