@@ -147,7 +147,7 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 
 
 @torch.no_grad()
-def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), guidance=(4.0, 1.0), seed=None,
+def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), guidance=(None, None), seed=None,
            sampler="ddpm"):
     """Draws prompts over images: Stage C starts from their semantic latents, noised to time `strength` (SDEdit, Meng et
     al., 2022). 0 rebuilds the image (`vary`), 1 ignores it (`generate`)."""
@@ -174,7 +174,7 @@ def keep(known, mask, noise):
 
 
 @torch.no_grad()
-def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(4.0, 1.0), seed=None, sampler="ddpm"):
+def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(None, None), seed=None, sampler="ddpm"):
     """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
     where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
     if model.config.b.token_width:
@@ -193,7 +193,7 @@ def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(4
 
 
 @torch.no_grad()
-def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance=(4.0, 1.0), sampler="ddpm"):
+def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance=(None, None), sampler="ddpm"):
     """How images appear: Stage C's estimate of x0 at each of its steps, drawn by Stage B in 4 steps with the noise of
     the final image. seeds: list of B ints, size (height, width)
     -> list of images (B, H, W, 3), the last one as `generate` draws it"""
@@ -242,8 +242,8 @@ def parse_args(argv=None):
     add("--steps-c", help="diffusion steps of Stage C", type=positive, default=60)
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
     add("--steps-b", help="diffusion steps of Stage B", type=positive, default=12)
-    add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; 4 with --official", type=float, default=2.0)
-    add("--cfg-b", help="classifier-free guidance scale of Stage B, 1: none", type=float, default=1.0)
+    add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given", type=float)
+    add("--cfg-b", help="the same of Stage B", type=float)
     add("--sampler", help="ddim adds no noise on the way", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", help="where to compute", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it", type=float, default=0.6)
@@ -255,9 +255,6 @@ def parse_args(argv=None):
     add("--redraw", help="draw the prompts, starting from this image and noise", metavar="IMAGE")
     add("--fill", help="draw the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
     args = parser.parse_args(argv)
-    if args.official:
-        parser.set_defaults(cfg=4.0)
-        args = parser.parse_args(argv)
     args.run = args.run or ("runs/tiny" if Path("runs/tiny/c.pt").exists() else Path(__file__).parent / "tests/shapes")
     if not all(map(str.strip, args.prompts)):
         parser.error("a prompt is empty")

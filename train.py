@@ -2,7 +2,7 @@
 Trains Würstchen from nothing, stage by stage:
 
     python train.py                                      everything: Shapes, 128 px
-    python train.py --data cifar10 --data-dir data --download --flip --run runs/cifar
+    python train.py --data cifar10 --data-dir data --download --run runs/cifar
     python train.py --data folder --data-dir DIR --run runs/mine        your own images, with captions in .txt files
     python train.py c --steps 5000                       one stage again, for longer
 
@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -53,9 +53,9 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen
                         diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Every data set is endless: data[i], for any i >= 0, is (uint8 array (size, size, 3), caption), the same for the
-# same seed. So to resume a run, its step number is enough. First Shapes, drawn on the fly: "a big blue square to the
-# left of a small green star".
+# Data. Every data set is endless: data[i], for any i >= 0, is (uint8 array (size, size, 3), captions, one per line), the
+# same for the same seed. So to resume a run, its step number is enough. First Shapes, drawn on the fly: "a big blue
+# square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -308,12 +308,12 @@ def list_folder(data_dir, split):
 
 class Images(Dataset):
     """Endless data set over a list of images, reshuffled every epoch; unreadable images are skipped and named.
-    items: [(path or array, captions)]; flip: mirrors images at random"""
+    items: [(path or array, captions)]"""
 
-    def __init__(self, items, size, seed=0, flip=False):
+    def __init__(self, items, size, seed=0):
         if not items:
             raise ValueError("a data set needs at least two images: one to train on and one for testing")
-        self.items, self.size, self.seed, self.flip = items, size, seed, flip
+        self.items, self.size, self.seed = items, size, seed
         self.epoch, self.order, self.unreadable = None, None, set()
 
     def captions(self):
@@ -326,16 +326,14 @@ class Images(Dataset):
             if epoch != self.epoch:
                 self.epoch = epoch
                 self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
-            i, rng = self.order[i], np.random.default_rng((self.seed, 1, index))
+            i = self.order[i]
             file, captions = self.items[i]
             if i in self.unreadable:
                 continue
             try:
                 if not captions:
                     raise ValueError("no caption")
-                image = load_image(file, (self.size, self.size))
-                mirror = self.flip and rng.random() < 0.5
-                return np.array(ImageOps.mirror(image) if mirror else image), captions[rng.integers(len(captions))]
+                return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
             except Exception as error:  # a damaged file can raise anything
                 self.unreadable.add(i)
                 print(f"skipped {file}: {error}", file=sys.stderr)
@@ -351,7 +349,7 @@ def open_data(args, split="train"):
         raise ValueError(f"--data {args.data} needs --data-dir")
     items = (list_cifar(args.data_dir, split, args.data) if args.data in CIFAR
              else (list_coco if args.data == "coco" else list_folder)(args.data_dir, split))
-    return Images(items, args.image_size, args.seed, flip=args.flip and split == "train")
+    return Images(items, args.image_size, args.seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,6 +456,8 @@ RECIPES = {
                  c=Recipe(450, 128, 1.5e-3)),
     "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(800, 32, 4e-3), b=Recipe(1800, 32, 1.6e-3),
                   c=Recipe(400, 128, 1.5e-3)),
+    "cifar": dict(text=Recipe(600, 128, 5e-4), a=Recipe(1000, 32, 4e-3), b=Recipe(3000, 32, 1.6e-3),
+                  c=Recipe(1500, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
@@ -651,59 +651,92 @@ class Run:
                 numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
                 file.write(json.dumps(numbers) + "\n")
 
-    def batches(self, first, recipe):
-        """This process's share of the training batches from step `first` on: images (B, H, W, 3) in [0, 1], captions"""
-        share = recipe.batch // self.ranks
-        rows = [range(step * recipe.batch + self.rank * share, step * recipe.batch + (self.rank + 1) * share)
-                for step in range(first, recipe.steps)]
+    def load(self, rows):
+        """Training images, a batch for each list of their numbers: (B, H, W, 3) in [0, 1], and their captions."""
         for images, captions in DataLoader(self.train_data, batch_sampler=rows, num_workers=self.args.workers,
                                            generator=torch.Generator(),  # else it draws from the global one
                                            pin_memory=self.device.type == "cuda"):
             yield images.to(self.device, non_blocking=True) / 255, list(captions)
 
+    def batches(self, first, recipe):
+        """This process's share of the training batches from step `first` on: images (B, H, W, 3) in [0, 1], with
+        --flip mirrored at random, and one of the captions of each"""
+        share = recipe.batch // self.ranks
+        rows = [range(step * recipe.batch + self.rank * share, step * recipe.batch + (self.rank + 1) * share)
+                for step in range(first, recipe.steps)]
+        for numbers, (images, captions) in zip(rows, self.load(rows)):
+            rngs = [np.random.default_rng((self.args.seed, 1, i)) for i in numbers]
+            if self.args.flip:
+                images = torch.where(torch.tensor([rng.random() < 0.5 for rng in rngs], device=self.device)
+                                     .view(-1, 1, 1, 1), mirror(images, captions), images)
+            yield images, list(map(pick, captions, rngs))
+
     def examples(self, data, count=8):
-        """The first images of a data set (count, H, W, 3) in [0, 1], and their captions."""
+        """The first images of a data set (count, H, W, 3) in [0, 1], and the first caption of each."""
         images, captions = zip(*(data[i] for i in range(count)))
-        return torch.from_numpy(np.stack(images)).to(self.device) / 255, list(captions)
+        return torch.from_numpy(np.stack(images)).to(self.device) / 255, [one.splitlines()[0] for one in captions]
 
     def tokens(self, captions, stage="b"):
         """-> ids and mask (B, L). Published stages have a tokenizer each."""
         tokenizer = self.model.tokenizer if stage == "c" else self.model.tokenizer_b
         return [x.to(self.device) for x in tokenizer(captions)]
 
+    def encode(self, encoder, captions, stage="b"):
+        """-> captions (B, L, width) and the null caption (1, L, width), encoded"""
+        text = encoder(*self.tokens([*captions, ""], stage))
+        return text[:-1], text[-1:]
+
     def cached(self, name, made_from, compute):
-        """What compute(images, captions) -> {key: tensor (B, ...)} gives for the first --cache training examples,
-        computed once. An example has one caption and one flip; beyond the number of images, they come again with
-        others. The cache is valid while it is newer than the files it was made from.
-        -> {key: memory-mapped array (N, ...)}"""
+        """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (all of a data set
+        on disk, if not given), computed once; with --flip, for their mirror images too. The cache is valid while it is
+        newer than the files it was made from. -> {key: memory-mapped array (N, ...)}, and "captions", a list of N"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
         made_from = [self.folder / file for file in (*made_from, "options.json")]
         if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):
-            # Small batches: a CPU spends as long again on the memory for the activations of large ones.
-            new, steps, arrays = folder.with_suffix(".new"), -(-self.args.cache // (16 * self.ranks)), {}
+            new, arrays, captions = folder.with_suffix(".new"), {}, []
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            batches = self.batches(0, Recipe(steps, 16 * self.ranks, 0))
-            for i, batch in enumerate(tqdm(batches, name, steps, disable=self.rank > 0)):
+            # Small batches: a CPU spends as long again on the memory for the activations of large ones.
+            steps = math.ceil((self.args.cache or len(self.train_data.items)) / (16 * self.ranks))
+            rows = [range(16 * i, 16 * (i + 1)) for i in range(self.rank, steps * self.ranks, self.ranks)]
+            for images, own in tqdm(self.load(rows), name, steps, disable=self.rank > 0):
+                if self.args.flip:
+                    images, own = torch.cat([images, mirror(images, own)]), 2 * own
                 with torch.no_grad(), self.autocast():
-                    rows = {key: x.cpu().numpy() for key, x in compute(*batch).items()}
-                for key, x in rows.items():
-                    if i == 0:
+                    found = {key: x.cpu().numpy() for key, x in compute(images).items()}
+                for key, x in found.items():
+                    if not captions:
                         arrays[key] = np.lib.format.open_memmap(new / f"{key}.npy", "w+", x.dtype,
-                                                                (16 * steps, *x.shape[1:]))
-                    arrays[key][16 * i:16 * (i + 1)] = x
+                                                                (len(x) * steps, *x.shape[1:]))
+                    arrays[key][len(captions):len(captions) + len(x)] = x
+                captions += own
+            (new / "captions.json").write_text(json.dumps(captions))
             new.rename(folder)  # only when it is complete
-        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        return arrays | {"captions": read_json(folder / "captions.json")}
 
     def cached_batches(self, arrays):
-        """A `batches` for `fit`: random rows of arrays (N, ...), as a dictionary of tensors"""
+        """A `batches` for `fit`: random rows of what `cached` returns, as a dictionary of tensors, with one of the
+        captions of each"""
         def batches(first, recipe):
             for step in range(first, recipe.steps):
-                rows = np.random.default_rng((self.args.seed, step, self.rank)).integers(
-                    len(next(iter(arrays.values()))), size=recipe.batch // self.ranks)
-                yield {key: torch.from_numpy(x[rows]).to(self.device) for key, x in arrays.items()}
+                rng = np.random.default_rng((self.args.seed, step, self.rank))
+                rows = rng.integers(len(arrays["captions"]), size=recipe.batch // self.ranks)
+                yield {key: [pick(x[i], rng) for i in rows] if key == "captions" else
+                       torch.from_numpy(x[rows]).to(self.device) for key, x in arrays.items()}
         return batches
+
+
+def pick(captions, rng):
+    """One of an image's captions, at random."""
+    return str(rng.choice(captions.splitlines()))
+
+
+def mirror(images, captions):
+    """The mirror images (B, H, W, 3) of those whose captions don't say left or right; the others as they are."""
+    sided = torch.tensor([bool(re.search(r"\b(left|right)\b", one)) for one in captions], device=images.device)
+    return torch.where(sided.view(-1, 1, 1, 1), images, images.flip(2))
 
 
 def train_tokenizer(args, config):
@@ -802,23 +835,21 @@ def train_b(run):
     """Stage B and the semantic compressor, jointly: the compressor keeps what helps B to draw."""
     model, tokens = run.model, run.model.config.b.token_width > 0
 
-    def compute(images, captions):
-        # Stage A and the text encoder no longer change.
+    def compute(images):  # Stage A no longer changes
         latents = model.a.encode(images)
         return dict(small=(shrink(images).clamp(0, 1) * 255).round().byte(),
-                    latents=model.a.quantizer(latents)[1].int() if tokens else latents.half(),
-                    text=model.text_b(*run.tokens(captions)).half())
+                    latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
     arrays = run.cached("latents", ("text.pt", "a.pt"), compute)
     if not run.pretrained:
         init_mapper(model.compressor, [torch.tensor(arrays["small"][i:i + 32]).to(run.device) / 255
                                        for i in range(0, 1024, 32)])
-    with torch.no_grad():
-        null_text = model.text_b(*run.tokens([""]))
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_fn(network, batch, step):
-        b, compressor, small, text = network["b"], network["compressor"], batch["small"] / 255, batch["text"].float()
+        b, compressor, small = network["b"], network["compressor"], batch["small"] / 255
+        with torch.no_grad():
+            text, null_text = run.encode(model.text_b, batch["captions"])
         if tokens:
             return token_stage_b_loss(b, compressor, small, batch["latents"].long(), text, null_text), {}
         return stage_b_loss(b, compressor, model.a.scale, small, batch["latents"].float(), text, null_text), {}
@@ -849,37 +880,24 @@ def train_c(run):
     if not run.pretrained:
         model.text_c = copy.deepcopy(model.text_b)
 
-    def compute(images, captions):
-        ids, mask = run.tokens(captions, "c")
-        text = dict(text=model.text_c(ids, mask).half()) if frozen else dict(ids=ids, mask=mask)
-        return dict(semantic=model.compress(images)) | text
-
-    arrays = run.cached("semantic", ("text.pt", "b.pt"), compute)
+    arrays = run.cached("semantic", ("text.pt", "b.pt"), lambda images: dict(semantic=model.compress(images)))
     # Measured for pretrained weights too: they differ with the size of the images. clip: a channel may be constant.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
-    network = nn.ModuleDict(dict(c=model.c) if frozen else dict(text_c=model.text_c, c=model.c))
-    null_tokens = run.tokens([""], "c")
-    with torch.no_grad():
-        null_text = model.text_c(*null_tokens) if frozen else None
+    model.text_c.requires_grad_(not frozen)
+    network = nn.ModuleDict(dict(text_c=model.text_c, c=model.c))
 
     def loss_fn(network, batch, step):
-        c, semantic = network["c"], batch["semantic"]
-        if frozen:
-            return stage_c_loss(c, semantic, batch["text"].float(), null_text), {}
-        encoder = network["text_c"]
-        return stage_c_loss(c, semantic, encoder(batch["ids"], batch["mask"]), encoder(*null_tokens)), {}
-
-    def use(average):
-        for name, part in average.items():
-            setattr(model, name, part)
+        return stage_c_loss(network["c"], batch["semantic"],
+                            *run.encode(network["text_c"], batch["captions"], "c")), {}
 
     def preview(average, images, captions):
-        use(average)
-        return [model.generate(captions, guidance=(2.0, 1.0), seed=0)]
+        model.text_c, model.c = average["text_c"], average["c"]
+        return [model.generate(captions, seed=0)]
 
-    use(fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,
-            lr_scale=lambda name: 0.1 if name.startswith("text") else 1))  # faster, it forgets what it knows
+    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,
+                  lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
+    model.text_c, model.c = average["text_c"], average["c"]
 
 
 def draw_curves(folder):
@@ -904,42 +922,6 @@ FIXED = ("preset", "data", "image_size", "init_from", "tokens")  # options that 
 SAVED = (*FIXED, "data_dir", "flip", "seed", "precision", "freeze_text", "cache")  # those that later commands take over
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. With "
-                                     "several processes under torchrun. Options that are not given are those of the "
-                                     "run's last command.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN), help="all: every unfinished stage")
-    add("--run", default="runs/tiny", help="folder of the run")
-    add("--preset", default="tiny", choices=PRESETS, help="sizes of the networks")
-    add("--init-from", metavar="RUN", help="start from the weights of another run, or from a folder with the published "
-        "snapshots; name the stage to train")
-    add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="data set")
-    add("--data-dir", help="where the data set lies; Shapes needs none")
-    add("--download", action="store_true", help="fetch CIFAR into --data-dir first")
-    add("--image-size", type=positive, help="side of the images in pixels, the preset's if not given")
-    add("--tokens", action=argparse.BooleanOptionalAction, default=False,
-        help="Stage B as in the paper's first version: it draws Stage A's codes")
-    add("--flip", action=argparse.BooleanOptionalAction, default=False,
-        help="mirror images at random; not where captions say left and right")
-    add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
-    add("--batch-size", type=positive, help="images per step, of all processes; the preset's recipe if not given")
-    add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=positive, default=16_384, help="training examples of Stages B and C, whose latents are "
-        "computed once; beyond the number of images, these come again with other captions and flips")
-    add("--seed", type=int, default=0, help="of the data and the weights")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
-        help="don't train Stage C's text encoder")
-    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
-        "the machine has it, float16 on a GPU without it")
-    add("--compile", action="store_true", help="torch.compile for Stages B and C")
-    add("--workers", type=int, default=0, help="processes that prepare images; 0: the main one does")
-    add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
-    add("--save-every", type=int, default=250, help="steps between checkpoints and sheets of images")
-    return parser
-
-
 def read_options(folder):
     """The options of a run's last command, {} if there is no such run."""
     path = Path(folder) / "options.json"
@@ -953,6 +935,65 @@ def pick_precision(device):
     has = torch.cpu.get_capabilities()
     there = device == "cpu" and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if there else "float32"
+
+
+def parse_args(argv=None):
+    """The options that a command gives; then those of the run; then those that suit the data set and the machine."""
+    parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. With "
+                                     "several processes under torchrun. Options that are not given are those of the "
+                                     "run's last command.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN), help="all: every unfinished stage")
+    add("--run", default="runs/tiny", help="folder of the run")
+    add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; tiny if not given, cifar for CIFAR")
+    add("--init-from", metavar="RUN", help="start from the weights of another run, or from a folder with the published "
+        "snapshots; name the stage to train")
+    add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="data set")
+    add("--data-dir", help="where the data set lies; Shapes needs none")
+    add("--download", action="store_true", help="fetch CIFAR into --data-dir first, if it is not there")
+    add("--image-size", type=positive, help="side of the images in pixels, the preset's if not given")
+    add("--tokens", action=argparse.BooleanOptionalAction, default=False,
+        help="Stage B as in the paper's first version: it draws Stage A's codes")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
+        "say left or right; if not given, all data but Shapes")
+    add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
+    add("--batch-size", type=positive, help="images per step, of all processes; the preset's recipe if not given")
+    add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
+    add("--cache", type=positive, help="training images of Stages B and C, whose latents are computed once; all if not "
+        "given, of Shapes 16,384")
+    add("--seed", type=int, default=0, help="of the data and the weights")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
+        help="don't train Stage C's text encoder")
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
+        "the machine has it, float16 on a GPU without it")
+    add("--compile", action="store_true", help="torch.compile for Stages B and C")
+    add("--workers", type=int, default=0, help="processes that prepare images; 0: the main one does")
+    add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
+    add("--save-every", type=int, default=250, help="steps between checkpoints and sheets of images")
+    args = parser.parse_args(argv)
+    saved = read_options(args.run)
+    if args.init_from and not saved:  # sizes are those of the weights
+        source = read_options(args.init_from) or {"preset": "v2", "image_size": PRESETS["v2"].image_size}
+        parser.set_defaults(preset=source["preset"], image_size=source["image_size"])
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    args.preset = args.preset or ("cifar" if args.data in CIFAR else "tiny")
+    args.flip = args.data != "shapes" if args.flip is None else args.flip
+    args.cache = args.cache or (16_384 if args.data == "shapes" else None)
+    args.image_size = args.image_size or PRESETS[args.preset].image_size
+    args.device = pick_device(args.device)
+    args.precision = args.precision or pick_precision(args.device)
+    for name in FIXED if saved else ():
+        if getattr(args, name) != saved[name]:
+            parser.error(f"{args.run} was begun with {name} {saved[name]}; take another --run")
+    if args.image_size % PRESETS[args.preset].stride:
+        parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
+    if args.download and not (args.data in CIFAR and args.data_dir):
+        parser.error(f"--download needs --data {' or '.join(CIFAR)}, and --data-dir")
+    if args.init_from and args.stage not in TRAIN:
+        parser.error(f"--init-from needs the stage to train: {', '.join(TRAIN)}")
+    return args
 
 
 def begin(args):
@@ -978,26 +1019,8 @@ def begin(args):
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     saved = read_options(args.run)
-    if args.init_from and not saved:  # sizes are those of the weights
-        source = read_options(args.init_from) or {"preset": "v2", "image_size": PRESETS["v2"].image_size}
-        parser.set_defaults(preset=source["preset"], image_size=source["image_size"])
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    args.image_size = args.image_size or PRESETS[args.preset].image_size
-    args.device = pick_device(args.device)
-    args.precision = args.precision or pick_precision(args.device)
-    for name in FIXED if saved else ():
-        if getattr(args, name) != saved[name]:
-            parser.error(f"{args.run} was begun with {name} {saved[name]}; take another --run")
-    if args.image_size % PRESETS[args.preset].stride:
-        parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
-    if args.download and not (args.data in CIFAR and args.data_dir):
-        parser.error(f"--download needs --data {' or '.join(CIFAR)}, and --data-dir")
-    if args.init_from and args.stage not in TRAIN:
-        parser.error(f"--init-from needs the stage to train: {', '.join(TRAIN)}")
     if "LOCAL_RANK" in os.environ:  # under torchrun
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -112,6 +112,7 @@ class StageCConfig:
 class Config:
     """Sizes of the whole system."""
     image_size: int = 1024  # side in pixels that the stages are trained at
+    guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     semantic_channels: int = 16  # of the semantic latents: what the compressor gives, B reads and C draws
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
@@ -152,6 +153,7 @@ PRESETS = {
     # Trains on two CPU cores in minutes.
     "tiny": Config(
         image_size=128,
+        guidance=(2.0, 1.0),
         text_c=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         text_b=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         a=VQGANConfig(channels=(32, 64), blocks=2, codebook_size=512, disc_depth=4, disc_width=128),
@@ -184,6 +186,10 @@ PRESETS = {
 PRESETS["quick"] = replace(PRESETS["tiny"], image_size=64, b=StageBConfig(
     channels=(64, 128), blocks=(2, 2), heads=(0, 4), sees_semantic=(True, True), cond_width=64, dropout=0.0),
     c=StageCConfig(width=128, depth=4, heads=4, dropout=0.0))
+
+# For CIFAR: 2x2 semantic cells, 16x16 latents.
+PRESETS["cifar"] = replace(PRESETS["tiny"], image_size=64, guidance=(4.0, 1.5), b=StageBConfig(
+    channels=(96, 192), blocks=(2, 3), heads=(0, 6), sees_semantic=(True, True), cond_width=96, dropout=0.0))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Blocks shared by Stages B and C (appendices E.2 and E.3): ConvNeXt-like, with time and text put in.
@@ -1113,20 +1119,22 @@ class Wuerstchen(nn.Module):
         return self.compressor(shrink(images)).float()
 
     @torch.no_grad()
-    def sample_c(self, x, times, prompts, negative="", guidance=4.0, **options):
+    def sample_c(self, x, times, prompts, negative="", guidance=None, **options):
         """Stage C. x: what to start from at times[0], usually noise (B, hs, ws, 16); prompts: list of B; negative: the
-        negative prompt, one string or B, by default the null caption ""; options: those of `sample`
-        -> semantic latents (B, hs, ws, 16)"""
+        negative prompt, one string or B, by default the null caption ""; guidance: its scale (None: `config.guidance`);
+        options: those of `sample` -> semantic latents (B, hs, ws, 16)"""
+        guidance = self.config.guidance[0] if guidance is None else guidance
         if guidance != 1:
             prompts = add_negatives(prompts, negative)
         conditions = self.c.encode_conditions(self.encode_text(prompts, "c"))
         return self.c.denormalise(sample(self.c.predict_eps, x, times, conditions, guidance, **options))
 
     @torch.no_grad()
-    def sample_b(self, x, times, semantic, prompts, negative="", guidance=1.0, **options):
+    def sample_b(self, x, times, semantic, prompts, negative="", guidance=None, **options):
         """Stage B. x: noise (B, h, w, 4), or random codes (B, h, w) for a TokenStageB; semantic (B, hs, ws, 16); the
         rest as in `sample_c`. The unconditional branch sees the negative prompt and semantic latents of zeros.
         -> Stage A's latents (B, h, w, 4)"""
+        guidance = self.config.guidance[1] if guidance is None else guidance
         if guidance != 1:
             prompts = add_negatives(prompts, negative)
             semantic = torch.cat([semantic, torch.zeros_like(semantic)])
@@ -1138,7 +1146,7 @@ class Wuerstchen(nn.Module):
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale
 
     @torch.no_grad()
-    def from_semantic(self, semantic, prompts, latent_size=None, negative="", steps=12, guidance=1.0, generator=None,
+    def from_semantic(self, semantic, prompts, latent_size=None, negative="", steps=12, guidance=None, generator=None,
                       **options):
         """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, latent_size (h, w): of Stage A's latents (None:
         as trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
@@ -1151,13 +1159,13 @@ class Wuerstchen(nn.Module):
                                 generator=generator, **options)
         return self.a.decode(latents).float().clamp(0, 1)
 
-    def generate(self, prompts, negative="", size=None, steps=(60, 12), guidance=(4.0, 1.0), seed=None, **options):
+    def generate(self, prompts, negative="", size=None, steps=(60, 12), guidance=(None, None), seed=None, **options):
         """Draws an image per prompt: Stage C, then B, then A.
 
         prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
-        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B, 1: none;
-        seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per image; options:
-        `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
+        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None:
+        `config.guidance`); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
+        image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
         if not prompts:
             raise ValueError("no prompt given")
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))

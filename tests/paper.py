@@ -75,8 +75,7 @@ def test_set(count, size=128):
 
 def draw(model, captions):
     """An image for each caption, by all three stages, with the seeds 0, 1, ..."""
-    return in_batches(lambda some, seeds: model.generate(some, guidance=(2.0, 1.0), seed=seeds),
-                      captions, list(range(len(captions))))
+    return in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, list(range(len(captions))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,26 +106,19 @@ def draw_baseline(model, network, text_encoder, captions, seeds, steps=UNET_STEP
 def train_baseline(folder, steps):
     """As Stage B: the recipe, the scale of the latents, the times. As Stage C: the text encoder is trained too, and 5 %
     of the captions are dropped."""
-    parser = train.make_parser()
-    parser.set_defaults(**train.read_options(folder), device="cpu", run=str(folder), steps=steps)
-    run = train.Run(parser.parse_args([]))
+    run = train.Run(train.parse_args(["--run", str(folder), "--device", "cpu", "--steps", str(steps)]))
     model = run.model = Wuerstchen.load(folder, ("text", "a"))
     torch.manual_seed(0)
     network = nn.ModuleDict(dict(text=model.text_b, unet=make_baseline(model.config)))
-    null = run.tokens([""])
-
-    def compute(images, captions):
-        ids, mask = run.tokens(captions)
-        return dict(latents=model.a.encode(images).half(), ids=ids, mask=mask)
 
     def loss_fn(network, batch, step):
-        text = network["text"](batch["ids"], batch["mask"])
-        text = torch.where(train.bernoulli_mask(0.05, text), network["text"](*null), text)
+        text, null_text = run.encode(network["text"], batch["captions"])
+        text = torch.where(train.bernoulli_mask(0.05, text), null_text, text)
         x0 = batch["latents"].float() / model.a.scale
         t, eps = torch.sigmoid(0.5 + torch.randn(len(x0))), torch.randn_like(x0)
         return diffusion_loss(eps, network["unet"](add_noise(x0, eps, t), t, None, text), t), {}
 
-    arrays = run.cached("baseline", ("text.pt", "a.pt"), compute)
+    arrays = run.cached("baseline", ("text.pt", "a.pt"), lambda images: dict(latents=model.a.encode(images).half()))
     train.fit(run, "b", network, run.cached_batches(arrays), loss_fn, None,
               lr_scale=lambda name: 0.1 if name.startswith("text") else 1)
 
@@ -297,7 +289,7 @@ def stages(args):
         (real, captions), seeds = test_set(96), list(range(96))
         compressed, generator = in_batches(model.compress, real), generators(seeds, 96)
         drawn = model.sample_c(normal_noise((96, 3, 3, 16), generator, "cpu"), timesteps(60, "cpu"), captions,
-                               guidance=2.0, generator=generator)
+                               generator=generator)
 
         def by_b(captions):
             return in_batches(lambda x, some, seeds: model.from_semantic(x, some, generator=generators(seeds, len(x))),

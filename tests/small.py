@@ -60,7 +60,7 @@ def make_run(folder, model):
     model.save(folder)
     torch.save(CLIP(model.config).state_dict(), folder / "clip.pt")
     (folder / "options.json").write_text(json.dumps(dict(preset="tiny", data="shapes", image_size=64, seed=0,
-                                                         data_dir=None, flip=False)))
+                                                         data_dir=None)))
     return folder
 
 

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import json
+import re
 import tarfile
 import threading
 from argparse import Namespace
@@ -63,7 +64,12 @@ def cifar_folder(place, data="cifar10", count=50):
 
 
 def open_data(split="train", **changed):
-    return train.open_data(Namespace(**(dict(data_dir=None, image_size=32, seed=0, flip=False) | changed)), split)
+    return train.open_data(Namespace(**(dict(data_dir=None, image_size=32, seed=0) | changed)), split)
+
+
+def make_run(place, *options):
+    return train.Run(train.parse_args(["--run", str(place), "--image-size", "32", "--device", "cpu", "--precision",
+                                       "float32", *map(str, options)]))
 
 
 def test_folder_with_captions(tmp_path):
@@ -74,7 +80,7 @@ def test_folder_with_captions(tmp_path):
     assert len(found) == 31 and found[f"{tmp_path}/photo.JPG"] == []
     assert found[file] == ["image number 5", "another caption of 5"]
     data = train.Images([(file, found[file])], 32)
-    assert {data[i][1] for i in range(20)} == set(found[file]) == set(data.captions())
+    assert data[3][1].splitlines() == found[file] == list(data.captions())
     assert data[7][0].shape == (32, 32, 3) and data[7][0].dtype == np.uint8
     with pytest.raises(FileNotFoundError, match="no images"):
         train.list_folder(tmp_path / "none", "train")
@@ -106,14 +112,29 @@ def test_every_epoch_shows_every_image_once_in_a_new_order():
     assert [int(again[i][1]) for i in range(80, 120)] == epochs[2] != [int(other[i][1]) for i in range(80, 120)]
 
 
-def test_images_are_flipped_only_when_asked(tmp_path):
-    for i in range(64):
-        Image.fromarray(np.repeat(np.uint8([[255, 0]]), 16, axis=1).repeat(32, axis=0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text("bright on the left")
-    for flip, split, least, most in ((True, "train", 40, 80), (True, "test", 0, 0), (False, "train", 0, 0)):
-        data = open_data(split, data="folder", data_dir=tmp_path, flip=flip)
-        flipped = [data[i][0][16, 2, 0] == 0 for i in range(120)]
-        assert least <= sum(flipped) <= most and flipped == [data[i][0][16, 2, 0] == 0 for i in range(120)]
+def half_bright(place, count):
+    """Images that are bright on the left; the captions of every fourth one say so."""
+    place.mkdir()
+    for i in range(count):
+        Image.fromarray(np.repeat(np.uint8([[255, 0]]), 16, axis=1).repeat(32, axis=0)).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"image {i}\n" + ("{} is bright on the left", "{} is leftover")[i % 4 > 0]
+                                        .format(i))
+    return place
+
+
+@pytest.mark.parametrize("flip", ["--flip", "--no-flip"])
+def test_batches_have_mirror_images_and_all_captions(tmp_path, flip):
+    run = make_run(tmp_path, "--data", "folder", "--data-dir", half_bright(tmp_path / "data", 40), flip)
+    seen = [(int(re.search(r"\d+", caption)[0]), caption.startswith("image"), image[16, 2, 0].item() < 0.5)
+            for images, captions in run.batches(0, train.Recipe(60, 20, 0)) for image, caption in zip(images, captions)]
+    expected = {(i, first, mirrored) for i in {i for i, _, _ in seen} for first in (True, False)
+                for mirrored in (False, True)[:1 + (flip == "--flip" and i % 4 > 0)]}
+    assert set(seen) == expected and len({i for i, _, _ in seen}) == len(run.train_data.items) > 30
+    for part in (1, 2):
+        share = np.mean([sample[part] for sample in seen if sample[0] % 4])
+        assert 0.45 < share < 0.55 or part == 2 and flip == "--no-flip"
+    images, captions = run.examples(run.test_data, 3)
+    assert (images[:, 16, 2] == 1).all() and all(caption.startswith("image") for caption in captions)
 
 
 def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
@@ -243,9 +264,7 @@ def test_batches_go_on_where_they_broke_off(tmp_path, kind, workers):
     (tmp_path / "data/b/c/i005.png").write_bytes(b"bad")
 
     def batches(first, rank=0, ranks=1):
-        run = train.Run(train.make_parser().parse_args([
-            "--run", str(tmp_path), "--data", kind, "--data-dir", str(tmp_path / "data"), "--flip", "--image-size",
-            "32", "--device", "cpu", "--workers", workers]))
+        run = make_run(tmp_path, "--data", kind, "--data-dir", tmp_path / "data", "--flip", "--workers", workers)
         run.rank, run.ranks = rank, ranks
         return list(run.batches(first, train.Recipe(10, 8, 0)))
     before = torch.get_rng_state()
@@ -258,11 +277,11 @@ def test_batches_go_on_where_they_broke_off(tmp_path, kind, workers):
         assert captions == sum((part for _, part in parts), [])
 
 
-@pytest.mark.parametrize("kind, make, options", [("folder", folder_of, ["--workers", "2", "--flip"]),
+@pytest.mark.parametrize("kind, make, options", [("folder", folder_of, ["--workers", "2", "--no-flip"]),
                                                  ("coco", coco_folder, []), ("cifar10", cifar_folder, [])])
 def test_every_format_trains(tmp_path, kind, make, options, monkeypatch):
     place = make(tmp_path / "data", 20) if kind == "folder" else make(tmp_path / "data")
-    monkeypatch.setitem(train.PRESETS, "tiny", MICRO)
+    monkeypatch.setitem(train.PRESETS, "cifar" if kind == "cifar10" else "tiny", MICRO)
     train.main(["--run", str(tmp_path / "run"), "--data", kind, "--data-dir", str(place), "--image-size", "32",
                 "--steps", "2", "--batch-size", "4", "--cache", "64", *options])
     assert {path.stem for path in (tmp_path / "run").glob("*.pt")} == {*train.TRAIN, "clip"}

@@ -19,7 +19,7 @@ from torch import nn
 import train
 from conftest import HERE, metrics, run_script
 from small import last_words
-from test_data import MICRO, folder_of
+from test_data import MICRO, folder_of, half_bright, make_run
 from wuerstchen import PRESETS, STAGES, Wuerstchen, save_atomically
 
 FEW = ["--steps", "7", "--batch-size", "4", "--cache", "64", "--save-every", "3", "--precision", "float32"]
@@ -77,7 +77,7 @@ def small_network():
 def fit(folder, loss_fn, *options, rank=0, **more):
     """`train.fit` for a small network. -> its average"""
     folder.mkdir(exist_ok=True)
-    run = train.Run(train.make_parser().parse_args([
+    run = train.Run(train.parse_args([
         "--run", str(folder), "--device", "cpu", "--image-size", "32", "--log-every", "1", "--precision", "float32",
         "--save-every", "1", *options]))
     run.rank = rank
@@ -323,34 +323,35 @@ def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
         assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [7, 4, 0]
 
 
-def test_an_image_is_cached_with_several_captions_and_flips(tmp_path):
-    folder_of(tmp_path / "data", 12)
+def test_the_cache_has_mirror_images_and_all_captions(tmp_path):
     (tmp_path / "options.json").write_text("{}")
-    run = train.Run(train.make_parser().parse_args([
-        "--run", str(tmp_path), "--data", "folder", "--data-dir", f"{tmp_path}/data", "--flip", "--image-size", "32",
-        "--cache", "150", "--device", "cpu", "--precision", "float32"]))
-    computed = []
+    run = make_run(tmp_path, "--data", "folder", "--data-dir", half_bright(tmp_path / "data", 40), "--flip")
+    count, computed = len(run.train_data.items), []
 
-    def compute(images, captions):
-        computed.append(len(captions))
+    def compute(images):
+        computed.append(len(images))
         if len(computed) == 2:  # half a cache does not count
             raise Killed
-        return dict(images=images, number=torch.tensor([int(caption.split()[-1]) for caption in captions]),
-                    another=torch.tensor(["another" in caption for caption in captions]))
+        return dict(images=images, mirrored=images[:, 16, 2, 0] < 0.5)
     with pytest.raises(Killed):
         run.cached("x", (), compute)
     arrays = run.cached("x", (), compute)
-    rows = [(x.tobytes(), n.item(), a.item()) for x, n, a in zip(*(arrays[k] for k in ("images", "number", "another")))]
-    assert computed == [16] * 12 and len(rows) == 160 and {n for _, n, _ in rows} == {*range(1, 12)}  # 0 is for testing
-    assert 40 < len({*rows}) <= 44 and len({x for x, _, _ in rows}) == 22
-    batches, recipe = run.cached_batches(arrays), train.Recipe(9, 6, 0)
-    whole, late = list(batches(0, recipe)), list(batches(4, recipe))
-    assert len(late) == 5 and all(map(same, whole[4:], late)) and not same(whole[0], whole[1])
-    assert all((x.numpy().tobytes(), n, a) in rows for batch in whole for x, n, a in zip(
-        batch["images"], batch["number"].tolist(), batch["another"].tolist()))
+    rows = [(int(re.search(r"\d+", captions)[0]), mirrored, image.tobytes()) for captions, mirrored, image in zip(
+        arrays["captions"], arrays["mirrored"].tolist(), arrays["images"], strict=True)]
+    assert computed == [32] * (2 + math.ceil(count / 16)) and len({i for i, _, _ in rows}) == count
+    assert {(i, mirrored) for i, mirrored, _ in rows} == {
+        (i, mirrored) for i, _, _ in rows for mirrored in (False, True)[:1 + (i % 4 > 0)]}
+    batches, recipe = run.cached_batches(arrays), train.Recipe(200, 6, 0)
+    whole, late = list(batches(0, recipe)), list(batches(40, recipe))
+    assert len(late) == 160 and all(one["captions"] == other["captions"] and torch.equal(one["images"], other["images"])
+                                   for one, other in zip(whole[40:], late, strict=True))
+    seen = {(int(re.search(r"\d+", caption)[0]), caption.startswith("image")) for batch in whole
+            for caption, image, mirrored in zip(batch["captions"], batch["images"], batch["mirrored"].tolist())
+            if (int(re.search(r"\d+", caption)[0]), mirrored, image.numpy().tobytes()) in rows}
+    assert seen == {(i, first) for i, _, _ in rows for first in (True, False)}
     run.rank, run.ranks = 1, 2
-    other = next(batches(0, recipe))["images"]
-    assert len(other) == 3 and not torch.equal(other, whole[0]["images"][:3])
+    other = next(batches(0, recipe))
+    assert len(other["images"]) == 3 and other["captions"] != whole[0]["captions"][:3]
 
 
 @pytest.mark.parametrize("has, picked", [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")])
