@@ -1,15 +1,15 @@
 """
-Judges a run on CIFAR-10 by a classifier that has only seen real images:
+Judges a run on CIFAR by a classifier that has only seen real images:
 
     python tests/cifar.py --run runs/cifar
 
-Trains a small ResNet on the training images, once for a data folder (classifier.pt in the run folder). Draws 1,000
-images, 100 of each class, and writes to the run folder:
+Trains a small ResNet on the training images (the run keeps it in classifier.pt), draws 100 images of each class, and
+writes to the run folder:
 
-    cifar.json     the classifier's accuracy on real test images; the share of drawn images that it gives the class that
+    cifar.json     how many real test images the classifier gets right, and how many drawn ones it gives the class that
                    was asked for; Fréchet distances in its features
-    cifar.png      the first eight of each class, none chosen
-    nearest.png    the first of each class, the training image nearest to it in pixels, and the one in features
+    cifar.png      the first eight images of each class, a row per class, none chosen
+    nearest.png    the first of each class; the training image nearest to it in pixels; the one nearest in features
 """
 
 import argparse
@@ -40,16 +40,16 @@ class Residual(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """A ResNet with nine layers (Page, 2018): images (B, 32, 32, 3) in [0, 1] -> logits (B, 10)"""
+    """A ResNet with nine layers (Page, 2018): images (B, 32, 32, 3) in [0, 1] -> logits (B, classes)"""
 
-    def __init__(self, width=32):
+    def __init__(self, classes, width=32):
         super().__init__()
         self.body = nn.Sequential(
             conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(conv(2 * width, 2 * width),
                                                                               conv(2 * width, 2 * width)),
             conv(2 * width, 4 * width), nn.MaxPool2d(2), conv(4 * width, 8 * width), nn.MaxPool2d(2),
             Residual(conv(8 * width, 8 * width), conv(8 * width, 8 * width)), nn.AdaptiveMaxPool2d(1), nn.Flatten())
-        self.head = nn.Linear(8 * width, 10)
+        self.head = nn.Linear(8 * width, classes)
 
     def features(self, images):
         """-> (B, 8 * width)"""
@@ -59,9 +59,9 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(images, labels, epochs=20, batch=128, lr=0.004):
+def train_classifier(network, images, labels, epochs=20, batch=128, lr=0.004):
     """AdamW, one cycle, label smoothing; images mirrored, moved by up to 4 pixels, a square of 8 cut out."""
-    network, steps = Classifier(), epochs * (len(images) // batch)
+    steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     padded = F.pad(images.movedim(-1, 1), (4,) * 4, mode="reflect").movedim(1, -1)
@@ -79,34 +79,33 @@ def train_classifier(images, labels, epochs=20, batch=128, lr=0.004):
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss:.3f}")
-    return network.eval()
 
 
-def load(data_dir, split):
-    """-> images (N, 32, 32, 3) in [0, 1], captions without a template (N), as they are listed"""
-    images, captions = zip(*list_cifar(data_dir, split, "cifar10"))
-    return torch.from_numpy(np.stack(images)) / 255, [lines[0] for lines in captions]
+def load(options, split):
+    """-> images (N, 32, 32, 3) in [0, 1], the second caption of each, "a cat" (N)"""
+    images, captions = zip(*list_cifar(options["data_dir"], split, options["data"]))
+    return torch.from_numpy(np.stack(images)) / 255, [lines[1] for lines in captions]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Judge a run on CIFAR-10.")
+    parser = argparse.ArgumentParser(description="Judge a run on CIFAR.")
     parser.add_argument("--run", default="runs/cifar", help="run folder (default: runs/cifar)")
     parser.add_argument("--count", type=int, default=100, help="images to draw of each class (default: 100)")
     parser.add_argument("--cfg", type=float, help="guidance scale of Stage C (default: the run's)")
     parser.add_argument("--cfg-b", type=float, help="guidance scale of Stage B (default: the run's)")
-    parser.add_argument("--steps-c", type=int, default=60)
     args = parser.parse_args(argv)
-    folder, data_dir = Path(args.run), read_options(args.run)["data_dir"]
-    (real, names), (test, test_names) = load(data_dir, "train"), load(data_dir, "test")
+    folder, options = Path(args.run), read_options(args.run)
+    (real, names), (test, test_names) = load(options, "train"), load(options, "test")
     classes = sorted(set(names))
     labels, test_labels = (torch.tensor([classes.index(name) for name in some]) for some in (names, test_names))
     torch.manual_seed(0)
-    path, classifier = folder / "classifier.pt", Classifier().eval()
+    path, classifier = folder / "classifier.pt", Classifier(len(classes))
     if path.exists():
         classifier.load_state_dict(torch.load(path, weights_only=True))
     else:
-        classifier = train_classifier(real, labels)
+        train_classifier(classifier, real, labels)
         torch.save(classifier.state_dict(), path)
+    classifier.eval()
 
     @torch.no_grad()
     def judge(images, labels):
@@ -114,28 +113,24 @@ def main(argv=None):
         return {"right": right.mean().item(), "95 %": wilson(right.sum().item(), len(right)),
                 "by class": {name: right[labels == i].mean().item() for i, name in enumerate(classes)}}
 
-    asked = torch.arange(10).repeat(args.count)
-    prompts = [f"a{'n' * (classes[i][0] in 'aeiou')} {classes[i]}" for i in asked]
+    asked = torch.arange(len(classes)).repeat(args.count)
     model = Wuerstchen.load(folder).to(pick_device("auto"))
-    drawn = in_batches(lambda some, seeds: model.generate(
-        some, seed=seeds, steps=(args.steps_c, 12), guidance=(args.cfg, args.cfg_b)).cpu(),
-        prompts, list(range(len(prompts))), size=100)
+    drawn = in_batches(lambda some, seeds: model.generate(some, seed=seeds, guidance=(args.cfg, args.cfg_b)).cpu(),
+                       [classes[i] for i in asked], list(range(len(asked))), size=100)
     small = F.interpolate(drawn.movedim(-1, 1), (32, 32), mode="area").movedim(1, -1)
     with torch.no_grad():
         features, found, tested = (in_batches(classifier.features, x, size=100) for x in (real, small, test))
-    half = len(test) // 2  # the test images are not in the order of their classes
+    half = len(test) // 2  # they are not in the order of their classes
     results = {"real test images": judge(test, test_labels), "drawn": judge(small, asked),
                "Fréchet, drawn to half of the test images": frechet(found, tested[:half]),
                "Fréchet, between halves of the test images": frechet(tested[:half], tested[half:])}
     print(text := json.dumps(results, indent=1, ensure_ascii=False))
     (folder / "cifar.json").write_text(text + "\n", "utf-8")
-    eight = drawn[:80].view(8, 10, *drawn.shape[1:]).transpose(0, 1)  # a row per class
-    make_sheet([row for row in eight]).save(folder / "cifar.png")
-
-    both = torch.cat([real, real.flip(2)]).flatten(1)
-    in_pixels = torch.cdist(small[:10].flatten(1), both).argmin(dim=1)
-    in_features = torch.cdist(found[:10], features).argmin(dim=1)
-    make_sheet([small[:10], both[in_pixels].view(-1, 32, 32, 3), real[in_features]]).save(folder / "nearest.png")
+    make_sheet([drawn[i::len(classes)][:8] for i in range(len(classes))]).save(folder / "cifar.png")
+    first, both = small[:len(classes)], torch.cat([real, real.flip(2)])
+    in_pixels = torch.cdist(first.flatten(1), both.flatten(1)).argmin(dim=1)
+    in_features = torch.cdist(found[:len(classes)], features).argmin(dim=1)
+    make_sheet([first, both[in_pixels], real[in_features]]).save(folder / "nearest.png")
     print(f"wrote cifar.json, cifar.png and nearest.png to {folder}")
 
 

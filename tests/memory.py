@@ -42,5 +42,5 @@ if __name__ == "__main__":
             file.with_suffix(".txt").write_text(f"noise number {i}\n")
         threading.Thread(target=watch, args=(peak,), daemon=True).start()
         train.main(["--run", f"{place}/run", "--data", "folder", "--data-dir", f"{place}/data", "--image-size", "32",
-                    "--steps", "20", "--batch-size", "32", "--cache", str(count)])
+                    "--steps", "20", "--batch-size", "32"])
     print(f"{count} images: {peak[0]:.0f} MiB at most")

@@ -1,0 +1,43 @@
+"""The classifier that judges runs on CIFAR, and what it says of a run."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import cifar
+from small import make_model, make_run, one_core  # noqa: F401
+from test_data import CLASSES, cifar_folder
+
+
+def test_the_classifier_learns_what_colour_means():
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat(100)
+    images = torch.rand(300, 32, 32, 3) / 2 + torch.eye(3)[labels].view(300, 1, 1, 3) / 2
+    network = cifar.Classifier(3, width=8)
+    cifar.train_classifier(network, images[:240], labels[:240], epochs=4, batch=16)
+    assert (network.eval()(images[240:]).argmax(dim=1) == labels[240:]).float().mean() > 0.9
+
+
+def test_what_is_said_of_a_run(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", make_model())
+    options = json.loads((run / "options.json").read_text()) | dict(
+        data="cifar10", data_dir=str(cifar_folder(tmp_path / "data")))
+    (run / "options.json").write_text(json.dumps(options))
+
+    def always_the_first(network, images, labels):
+        assert images.shape == (100, 32, 32, 3) and labels.bincount().tolist() == [26, 24, 26, 24]
+        torch.nn.init.zeros_(network.head.weight)
+        network.head.bias.data = torch.eye(4)[0]
+    monkeypatch.setattr(cifar, "train_classifier", always_the_first)
+    cifar.main(["--run", str(run), "--count", "2"])
+    first = (run / "cifar.json").read_text()
+    found = json.loads(first)
+    assert found["drawn"]["right"] == 0.25 and found["drawn"]["by class"]["a bird"] == 1
+    assert found["real test images"]["right"] == pytest.approx(12 / 50)
+    assert found["Fréchet, drawn to half of the test images"] > 0
+    assert Image.open(run / "cifar.png").size == (2 * 68 + 4, 4 * 68 + 4)
+    assert Image.open(run / "nearest.png").size == (4 * 36 + 4, 3 * 36 + 4)
+    monkeypatch.setattr(cifar, "train_classifier", None)  # the run keeps it
+    cifar.main(["--run", str(run), "--count", "2"])
+    assert (run / "cifar.json").read_text() == first
