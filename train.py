@@ -456,8 +456,8 @@ RECIPES = {
                  c=Recipe(450, 128, 1.5e-3)),
     "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(800, 32, 4e-3), b=Recipe(1800, 32, 1.6e-3),
                   c=Recipe(400, 128, 1.5e-3)),
-    "cifar": dict(text=Recipe(600, 128, 5e-4), a=Recipe(1000, 32, 4e-3), b=Recipe(2400, 64, 1.6e-3),
-                  c=Recipe(2500, 128, 1.5e-3)),
+    "cifar": dict(text=Recipe(500, 128, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2200, 64, 1.6e-3),
+                  c=Recipe(2000, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.

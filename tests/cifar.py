@@ -42,7 +42,7 @@ class Residual(nn.Sequential):
 class Classifier(nn.Module):
     """A ResNet with nine layers (Page, 2018): images (B, 32, 32, 3) in [0, 1] -> logits (B, classes)"""
 
-    def __init__(self, classes, width=32):
+    def __init__(self, classes, width=24):
         super().__init__()
         self.body = nn.Sequential(
             conv(3, width), conv(width, 2 * width), nn.MaxPool2d(2), Residual(conv(2 * width, 2 * width),
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(network, images, labels, epochs=20, batch=128, lr=0.004):
+def train_classifier(network, images, labels, epochs=14, batch=64, lr=0.003):
     """AdamW, one cycle, label smoothing; images mirrored, moved by up to 4 pixels, a square of 8 cut out."""
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.05)
