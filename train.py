@@ -735,7 +735,7 @@ def pick(captions, rng):
 
 def mirror(images, captions):
     """The mirror images (B, H, W, 3) of those whose captions don't say left or right; the others as they are."""
-    sided = torch.tensor([bool(re.search(r"\b(left|right)\b", one)) for one in captions], device=images.device)
+    sided = torch.tensor([bool(re.search(r"\b(left|right)\b", one.lower())) for one in captions], device=images.device)
     return torch.where(sided.view(-1, 1, 1, 1), images, images.flip(2))
 
 
@@ -842,8 +842,7 @@ def train_b(run):
 
     arrays = run.cached("latents", ("text.pt", "a.pt"), compute)
     if not run.pretrained:
-        init_mapper(model.compressor, [torch.tensor(arrays["small"][i:i + 32]).to(run.device) / 255
-                                       for i in range(0, 1024, 32)])
+        init_mapper(model.compressor, (torch.tensor(arrays["small"][:1024]).to(run.device) / 255).split(32))
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_fn(network, batch, step):

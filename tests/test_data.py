@@ -117,7 +117,7 @@ def half_bright(place, count):
     place.mkdir()
     for i in range(count):
         Image.fromarray(np.repeat(np.uint8([[255, 0]]), 16, axis=1).repeat(32, axis=0)).save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text(f"image {i}\n" + ("{} is bright on the left", "{} is leftover")[i % 4 > 0]
+        (place / f"{i}.txt").write_text(f"image {i}\n" + ("{} is bright on the Left", "{} is leftover")[i % 4 > 0]
                                         .format(i))
     return place
 
