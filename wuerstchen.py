@@ -951,16 +951,23 @@ def ddim_step(x, eps, t, t_next):
     return after.sqrt() * predict_x0(x, eps, t) + (1 - after).sqrt() * eps
 
 
+def random_numbers(draw, shape, generator, device):
+    """What `draw` (torch.rand, torch.randn) gives: (B, ...), drawn on the generator's device, so that a seed gives the
+    same on any device. generator: one for the batch (None: PyTorch's own), or a list of B, one per image: then an image
+    does not depend on what else is in the batch."""
+    if isinstance(generator, list):
+        return torch.cat([random_numbers(draw, (1, *shape[1:]), one, device) for one in generator])
+    return draw(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
 def normal_noise(shape, generator, device):
-    """Normal noise (B, H, W, C), drawn in NCHW order on the generator's device, so that a seed gives the reference's
-    image on any device. generator: one for the batch (None: PyTorch's own), or a list of B, one per image: then an
-    image does not depend on what else is in the batch."""
+    """Normal noise (B, H, W, C), drawn in NCHW order, in which a seed gives the reference's image."""
     B, H, W, C = shape
-    return uniform_noise((B, C, H, W), generator, device, torch.randn).permute(0, 2, 3, 1).contiguous()
+    return random_numbers(torch.randn, (B, C, H, W), generator, device).permute(0, 2, 3, 1).contiguous()
 
 
 def generators(seed, count):
-    """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> what `normal_noise` takes"""
+    """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> what `random_numbers` takes"""
     if seed is None:
         return None
     if isinstance(seed, int):
@@ -1017,17 +1024,10 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 # The same for tokens: Stage B of the paper's first version.
 
 
-def uniform_noise(shape, generator, device, draw=torch.rand):
-    """Uniform noise in [0, 1), or what `draw` gives, (B, ...). generator: as in `normal_noise`"""
-    if isinstance(generator, list):
-        return torch.cat([uniform_noise((1, *shape[1:]), one, device, draw) for one in generator])
-    return draw(shape, generator=generator, device=generator.device if generator else device).to(device)
-
-
 def replace_tokens(codes, others, t, generator=None):
     """The noise of tokens: replaces each code by the one of `others`, random codes, with probability t.
     codes and others (B, h, w), t (B,) -> noisy codes (B, h, w), and which were replaced, bool (B, h, w)"""
-    replaced = uniform_noise(codes.shape, generator, codes.device) < t.view(-1, 1, 1)
+    replaced = random_numbers(torch.rand, codes.shape, generator, codes.device) < t.view(-1, 1, 1)
     return torch.where(replaced, others, codes), replaced
 
 
@@ -1052,7 +1052,7 @@ def sample_tokens(network, start, times, conditions, guidance=1.0, generator=Non
     for t, t_next, temperature in zip(times[:-1], times[1:], torch.linspace(*temperatures, len(times) - 1).tolist()):
         logits = guided(network, codes, t, conditions, guidance).float()
         # The largest of logits + Gumbel noise is a draw from their softmax.
-        gumbel = -(-uniform_noise(logits.shape, generator, codes.device).log()).log()
+        gumbel = -(-random_numbers(torch.rand, logits.shape, generator, codes.device).log()).log()
         drawn = (logits / temperature + gumbel).argmax(dim=-1)
         codes, _ = replace_tokens(drawn, start, t_next.expand(len(codes)), generator)
         if after_step is not None:
@@ -1151,7 +1151,7 @@ class Wuerstchen(nn.Module):
         as trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
         shape = len(prompts), *(latent_size or [self.config.image_size // 4] * 2), self.config.latent_channels
         if self.config.b.token_width:
-            x = (uniform_noise(shape[:3], generator, self.device) * self.config.a.codebook_size).long()
+            x = (random_numbers(torch.rand, shape[:3], generator, self.device) * self.config.a.codebook_size).long()
         else:
             x = normal_noise(shape, generator, self.device)
         latents = self.sample_b(x, timesteps(steps, self.device), semantic, prompts, negative, guidance,

@@ -13,8 +13,8 @@ import score
 import train
 from conftest import SMALL
 from test_networks import CONFIG, init
-from wuerstchen import (Config, StageBConfig, TextConfig, TokenStageB, Wuerstchen, replace_tokens, sample_tokens,
-                        timesteps, token_loss, uniform_noise)
+from wuerstchen import (Config, StageBConfig, TextConfig, TokenStageB, Wuerstchen, random_numbers, replace_tokens,
+                        sample_tokens, timesteps, token_loss)
 
 TOKENS = replace(CONFIG, b=replace(CONFIG.b, sees_semantic=(False,) * 3, dropout=0.0, token_width=6))
 
@@ -128,7 +128,7 @@ def test_a_step_draws_from_the_softmax():
                           timesteps(1, "cpu"), None, temperatures=(1.0, 1.0))
     shares = torch.bincount(drawn.flatten()) / 40_000
     assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
-    assert math.isclose(uniform_noise((1, 100, 100), None, "cpu").mean(), 0.5, abs_tol=0.02)
+    assert math.isclose(random_numbers(torch.rand, (1, 100, 100), None, "cpu").mean(), 0.5, abs_tol=0.02)
 
 
 def test_a_run_with_tokens(tmp_path, monkeypatch, capsys):
