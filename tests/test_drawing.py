@@ -59,6 +59,22 @@ def test_an_image_keeps_to_its_seed_in_every_batch(model):
         model.generate(PROMPTS, seed=[1, 2])
 
 
+def test_guidance_is_the_runs_unless_given(run, monkeypatch):
+    model = script.Wuerstchen.load(run)
+    assert model.config.guidance == [2.0, 1.0]
+    usual = model.generate(PROMPTS, seed=1, **FEW)
+    assert torch.equal(model.generate(PROMPTS, guidance=(2.0, 1.0), seed=1, **FEW), usual)
+    model.config.guidance = (3.0, 1.5)
+    other, images = model.generate(PROMPTS, seed=1, **FEW), shapes(3)
+    assert torch.equal(model.generate(PROMPTS, guidance=(3.0, 1.5), seed=1, **FEW), other) and not close(other, usual)
+    for options in (dict(strength=0), dict(strength=0.5)):
+        first, same = (script.redraw(model, images, PROMPTS, seed=1, **FEW, **options, **more)
+                       for more in ({}, dict(guidance=(3.0, 1.5))))
+        assert torch.equal(first, same)
+    monkeypatch.setattr(script.Wuerstchen, "load", lambda *args: model)
+    assert (draw(run, "a red star", "--seed", 1) == draw(run, "a red star", "--seed", 1, "--cfg", 3, "--cfg-b", 1.5)).all()
+
+
 @pytest.mark.parametrize("options", [FEW, FEW | OTHER])
 def test_redraw_goes_from_vary_to_generate(model, options):
     images, options = shapes(3), dict(seed=2, guidance=(4.0, 1.0)) | options
