@@ -72,7 +72,7 @@ def test_guidance_is_the_runs_unless_given(run, monkeypatch):
                        for more in ({}, dict(guidance=(3.0, 1.5))))
         assert torch.equal(first, same)
     monkeypatch.setattr(script.Wuerstchen, "load", lambda *args: model)
-    assert (draw(run, "a red star", "--seed", 1) == draw(run, "a red star", "--seed", 1, "--cfg", 3, "--cfg-b", 1.5)).all()
+    assert (draw(run, "a star", "--seed", 1) == draw(run, "a star", "--seed", 1, "--cfg", 3, "--cfg-b", 1.5)).all()
 
 
 @pytest.mark.parametrize("options", [FEW, FEW | OTHER])
