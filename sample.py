@@ -225,28 +225,28 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw images from captions with a trained Würstchen.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draw images from captions with a trained Würstchen.")
     add = parser.add_argument
     add("prompts", help="what to draw; several make a grid", nargs="*", metavar="PROMPT")
     add("--run", help="folder of the run; if not given, runs/tiny once it is trained, until then the one that comes "
         "with the code")
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
-    add("--out", help="image file to write", default="out.png")
-    add("--count", help="images per prompt; of --mix, images from one to the other", type=positive)
-    add("--seed", help="of the first image's noise; the second has the next, and so on", type=int, default=0)
+    add("--out", help="image file to write (default: %(default)s)", default="out.png")
+    add("--count", help="images per prompt (default: 1, of --vary 4); of --mix, from one to the other (7)", type=positive)
+    add("--seed", help="of the first image's noise; the second has the next, and so on (default: 0)", type=int, default=0)
     add("--negative", help="negative prompt", default="")
     add("--height", help="in pixels; as trained if not given", type=positive)
     add("--width", help="in pixels; as trained if not given", type=positive)
-    add("--steps-c", help="diffusion steps of Stage C", type=positive, default=60)
+    add("--steps-c", help="diffusion steps of Stage C (default: %(default)s)", type=positive, default=60)
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="diffusion steps of Stage B", type=positive, default=12)
+    add("--steps-b", help="diffusion steps of Stage B (default: %(default)s)", type=positive, default=12)
     add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given", type=float)
     add("--cfg-b", help="the same of Stage B", type=float)
-    add("--sampler", help="ddim adds no noise on the way", default="ddpm", choices=("ddpm", "ddim"))
-    add("--device", help="where to compute", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it", type=float, default=0.6)
+    add("--sampler", help="ddim adds no noise on the way (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
+    add("--device", help="default: the best that there is", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it (default: 0.6)", type=float,
+        default=0.6)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF")
     add("--reconstruct", help="images to compress and rebuild", nargs="+", metavar="IMAGE")

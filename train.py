@@ -53,9 +53,9 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen
                         diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Every data set is endless: data[i], for any i >= 0, is (uint8 array (size, size, 3), captions, one per line), the
-# same for the same seed. So to resume a run, its step number is enough. First Shapes, drawn on the fly: "a big blue
-# square to the left of a small green star".
+# Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions, a
+# string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
+# drawn on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -122,20 +122,20 @@ def parse(caption):
 
 def random_scene(rng):
     """40 % one object, 60 % two; size and background are named in some captions only."""
-    def pick(names):
+    def one_of(names):
         return list(names)[rng.integers(len(names))]
 
     def thing():
-        return pick(SIZES) if rng.random() < 0.75 else None, pick(COLOURS), pick(OUTLINES)
+        return one_of(SIZES) if rng.random() < 0.75 else None, one_of(COLOURS), one_of(OUTLINES)
 
-    background = pick(BACKGROUNDS) if rng.random() < 0.3 else None
+    background = one_of(BACKGROUNDS) if rng.random() < 0.3 else None
     first = thing()
     if rng.random() < 0.4:
         return Scene([first], None, background)
     second = thing()
     while second[1:] == first[1:]:
         second = thing()
-    return Scene([first, second], pick(RELATIONS), background)
+    return Scene([first, second], one_of(RELATIONS), background)
 
 
 def reserved(name):
@@ -220,11 +220,8 @@ class Shapes(Dataset):
             first, second = scene.objects
             swappable = [part for part in range(3) if first[part] and second[part] and first[part] != second[part]]
             swapped = rng.choice([*swappable, 3])  # 3: all at once
-            first, second = list(first), list(second)
-            for part in range(3):
-                if swapped in (part, 3):
-                    first[part], second[part] = second[part], first[part]
-            wrong.append(Scene([first, second], scene.relation, scene.background))
+            parts = [pair[::-1] if swapped in (part, 3) else pair for part, pair in enumerate(zip(first, second))]
+            wrong.append(Scene(list(zip(*parts)), scene.relation, scene.background))
         return [other.caption() for other in wrong if split_of(other) in ("train", self.split)]
 
 
@@ -233,7 +230,7 @@ class Shapes(Dataset):
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels (the last is meant), names of the labels
+CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels (we use the last), names of the labels
     "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", 1, "batches.meta.txt"),
     "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz",
@@ -254,8 +251,7 @@ def list_cifar(data_dir, split, data):
     """CIFAR-10 or CIFAR-100, binary version: data_dir holds cifar-10-batches-bin/ or cifar-100-binary/. A record is its
     labels, then 32x32 red, green and blue values. -> [(array (32, 32, 3), captions)]"""
     folder, _, _, skip, names = CIFAR[data]
-    files = sorted((Path(data_dir) / folder).glob("*train*.bin" if data == "cifar100" else "data_batch_*.bin")
-                   if split == "train" else (Path(data_dir) / folder).glob("test*.bin"))
+    files = sorted(file for file in (Path(data_dir) / folder).glob("*.bin") if ("test" in file.name) == (split == "test"))
     if not files:
         raise FileNotFoundError(f"no {data} in {data_dir}: --download fetches it")
     captions = []
@@ -273,8 +269,8 @@ def in_split(names, split):
 
 
 def list_coco(data_dir, split):
-    """MS COCO: annotations/captions_*.json and the folders of images, train2017/ and so on, or a part of them. Files
-    of a validation split (captions_val*.json) are for testing, if there are any. -> [(path, captions)]"""
+    """MS COCO: annotations/captions_*.json and the folders of images, train2017/ and so on, or a part of them. If
+    both are there, captions_train*.json are for training and captions_val*.json for testing. -> [(path, captions)]"""
     files = sorted(Path(data_dir).glob("annotations/captions_*.json"))
     own = {"test": [file for file in files if "val" in file.name], "train": [f for f in files if "val" not in f.name]}
     captions = {}
@@ -284,7 +280,7 @@ def list_coco(data_dir, split):
         names = {image["id"]: f"{folder}/{image['file_name']}" for image in listed["images"]
                  if image["file_name"] in there}
         for note in listed["annotations"]:
-            if note["image_id"] in names:
+            if note["image_id"] in names and note["caption"].strip():
                 captions.setdefault(names[note["image_id"]], []).append(" ".join(note["caption"].split()))
     if not captions:
         raise FileNotFoundError(f"no annotations/captions_*.json in {data_dir} whose images are there")
@@ -307,8 +303,8 @@ def list_folder(data_dir, split):
 
 
 class Images(Dataset):
-    """Endless data set over a list of images, reshuffled every epoch; unreadable images are skipped and named.
-    items: [(path or array, captions)]"""
+    """Endless data set over a list of images, reshuffled every epoch; images that can't be read or have no caption are
+    skipped and named. items: [(path or array, captions)]"""
 
     def __init__(self, items, size, seed=0):
         if not items:
@@ -332,13 +328,13 @@ class Images(Dataset):
                 continue
             try:
                 if not captions:
-                    raise ValueError("no caption")
+                    raise ValueError(f"{file} has no caption")
                 return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
-            except Exception as error:  # a damaged file can raise anything
+            except (OSError, ValueError) as error:
                 self.unreadable.add(i)
-                print(f"skipped {file}: {error}", file=sys.stderr)
+                print(f"skipped an image: {error}", file=sys.stderr)
                 if len(self.unreadable) > len(self.items) / 2:
-                    raise ValueError(f"more than half of the images can't be read, {file} for one: {error}") from None
+                    raise ValueError(f"more than half of the images are of no use; for one, {error}") from None
 
 
 def open_data(args, split="train"):
@@ -393,7 +389,7 @@ def noisy_conditions(compressor, small, text, null_text):
     each choice by a `bernoulli_mask` of its own.
 
     We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
-    there is no caption, e is all that B has, and stays clean.
+    there is no caption, e is all that B has, and is never noised.
 
     small: images at 3/4 size (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
     caption, that is the empty one, encoded -> e (B, hs, ws, 16), text (B, L, width)"""
@@ -509,16 +505,12 @@ def make_optimizers(network, lr_scale, dtype):
     authors' script for Stage B. lr_scale(name): factor on the learning rate of a parameter, kept as "lr_scale" in its
     group. -> list of one or two optimizers"""
     large = {m.weight for m in network.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
-    adamw, muons = {}, {}  # factor -> parameters
+    adamw, muons = {}, {}  # factor -> group; Muon's steps may be longer
     for name, p in network.named_parameters():
-        if p in large:
-            muons.setdefault(3 * lr_scale(name), []).append(p)  # its steps may be longer
-        else:
-            adamw.setdefault(lr_scale(name), []).append(p)
-    adamw, muons = ([dict(params=params, lr_scale=scale) for scale, params in groups.items()]
-                    for groups in (adamw, muons))
-    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
-    return optimizers + [Muon(muons, dtype)] if muons else optimizers
+        groups, scale = (muons, 3 * lr_scale(name)) if p in large else (adamw, lr_scale(name))
+        groups.setdefault(scale, dict(params=[], lr_scale=scale))["params"].append(p)
+    optimizers = [torch.optim.AdamW([*adamw.values()], betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    return optimizers + [Muon([*muons.values()], dtype)] if muons else optimizers
 
 
 def ema_update(averages, params, steps):
@@ -566,14 +558,14 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     if run.ranks > 1:
         if run.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # the discriminator waits
+        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # the discriminator, at first
 
     stopped = []  # Ctrl-C: finish the step, save, stop
     handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     start, first = time.time(), step
     bar = tqdm(batches(step, recipe), f"stage {stage}", recipe.steps, initial=step, unit="step", disable=run.rank > 0)
     for batch in bar:
-        # Linear warm-up as the authors have it, then a cosine to 0, which a run of minutes needs more than theirs did.
+        # Linear warm-up as the authors have it, then a cosine down to 0: short runs need it more than theirs.
         lr = recipe.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -598,8 +590,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             bad += 1
             print(f"stage {stage}: skipped step {step + 1}, its gradient is NaN or inf", file=sys.stderr)
             if bad == 10:
-                raise ValueError(f"stage {stage}: the gradient was NaN or inf for 10 consecutive steps; a lower --lr "
-                                 "may help")
+                raise ValueError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
         scaler.update()
         step += 1
         done = step == recipe.steps
@@ -651,67 +642,65 @@ class Run:
                 numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
                 file.write(json.dumps(numbers) + "\n")
 
-    def load(self, rows):
-        """Training images, a batch for each list of their numbers: (B, H, W, 3) in [0, 1], and their captions."""
-        for images, captions in DataLoader(self.train_data, batch_sampler=rows, num_workers=self.args.workers,
-                                           generator=torch.Generator(),  # else it draws from the global one
-                                           pin_memory=self.device.type == "cuda"):
-            yield images.to(self.device, non_blocking=True) / 255, list(captions)
+    def load(self, indices):
+        """A batch of training images for each list of indices: (B, H, W, 3) in [0, 1], and the captions of each, one
+        per line."""
+        for images, texts in DataLoader(self.train_data, batch_sampler=indices, num_workers=self.args.workers,
+                                        generator=torch.Generator(),  # else it draws from the global one
+                                        pin_memory=self.device.type == "cuda"):
+            yield images.to(self.device, non_blocking=True) / 255, list(texts)
 
     def batches(self, first, recipe):
         """This process's share of the training batches from step `first` on: images (B, H, W, 3) in [0, 1], with
         --flip mirrored at random, and one of the captions of each"""
         share = recipe.batch // self.ranks
-        rows = [range(step * recipe.batch + self.rank * share, step * recipe.batch + (self.rank + 1) * share)
-                for step in range(first, recipe.steps)]
-        for numbers, (images, captions) in zip(rows, self.load(rows)):
-            rngs = [np.random.default_rng((self.args.seed, 1, i)) for i in numbers]
+        indices = [range(step * recipe.batch + self.rank * share, step * recipe.batch + (self.rank + 1) * share)
+                   for step in range(first, recipe.steps)]
+        for some, (images, texts) in zip(indices, self.load(indices)):
+            rngs = [np.random.default_rng((self.args.seed, 1, i)) for i in some]
             if self.args.flip:
-                images = torch.where(torch.tensor([rng.random() < 0.5 for rng in rngs], device=self.device)
-                                     .view(-1, 1, 1, 1), mirror(images, captions), images)
-            yield images, list(map(pick, captions, rngs))
+                images = torch.stack([mirror(image, text) if rng.random() < 0.5 else image
+                                      for image, text, rng in zip(images, texts, rngs)])
+            yield images, list(map(pick, texts, rngs))
 
     def examples(self, data, count=8):
         """The first images of a data set (count, H, W, 3) in [0, 1], and the first caption of each."""
-        images, captions = zip(*(data[i] for i in range(count)))
-        return torch.from_numpy(np.stack(images)).to(self.device) / 255, [one.splitlines()[0] for one in captions]
-
-    def tokens(self, captions, stage="b"):
-        """-> ids and mask (B, L). Published stages have a tokenizer each."""
-        tokenizer = self.model.tokenizer if stage == "c" else self.model.tokenizer_b
-        return [x.to(self.device) for x in tokenizer(captions)]
+        images, texts = zip(*(data[i] for i in range(count)))
+        return torch.from_numpy(np.stack(images)).to(self.device) / 255, [text.splitlines()[0] for text in texts]
 
     def encode(self, encoder, captions, stage="b"):
-        """-> captions (B, L, width) and the null caption (1, L, width), encoded"""
-        text = encoder(*self.tokens([*captions, ""], stage))
+        """-> captions (B, L, width) and the null caption (1, L, width). Published stages have a tokenizer each."""
+        tokenizer = self.model.tokenizer if stage == "c" else self.model.tokenizer_b
+        text = encoder(*(x.to(self.device) for x in tokenizer([*captions, ""])))
         return text[:-1], text[-1:]
 
     def cached(self, name, made_from, compute):
-        """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (all of a data set
-        on disk, if not given), computed once; with --flip, for their mirror images too. The cache is valid while it is
-        newer than the files it was made from. -> {key: memory-mapped array (N, ...)}, and "captions", a list of N"""
+        """What compute(images) -> {key: tensor (B, ...)} gives for this process's share of the first --cache training
+        images (of a data set on disk, all), computed once; with --flip, for their mirror images too. The cache is valid
+        while it is newer than the files it was made from.
+        -> {key: memory-mapped array (N, ...)}, and "captions", a list of N strings: those of each image, one per line"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
         made_from = [self.folder / file for file in (*made_from, "options.json")]
         if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):
-            new, arrays, captions = folder.with_suffix(".new"), {}, []
+            new, arrays, texts = folder.with_suffix(".new"), {}, []
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            # Small batches: a CPU spends as long again on the memory for the activations of large ones.
+            # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
             steps = math.ceil((self.args.cache or len(self.train_data.items)) / (16 * self.ranks))
-            rows = [range(16 * i, 16 * (i + 1)) for i in range(self.rank, steps * self.ranks, self.ranks)]
-            for images, own in tqdm(self.load(rows), name, steps, disable=self.rank > 0):
+            indices = [range(16 * i, 16 * (i + 1)) for i in range(self.rank, steps * self.ranks, self.ranks)]
+            for images, own in tqdm(self.load(indices), name, steps, disable=self.rank > 0):
                 if self.args.flip:
-                    images, own = torch.cat([images, mirror(images, own)]), 2 * own
+                    images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
                 for key, x in found.items():
-                    if not captions:
+                    if not texts:  # the first batch
                         arrays[key] = np.lib.format.open_memmap(new / f"{key}.npy", "w+", x.dtype,
                                                                 (len(x) * steps, *x.shape[1:]))
-                    arrays[key][len(captions):len(captions) + len(x)] = x
-                captions += own
-            (new / "captions.json").write_text(json.dumps(captions))
+                    arrays[key][len(texts):len(texts) + len(x)] = x
+                texts += own
+            (new / "captions.json").write_text(json.dumps(texts))
             new.rename(folder)  # only when it is complete
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         return arrays | {"captions": read_json(folder / "captions.json")}
@@ -728,15 +717,14 @@ class Run:
         return batches
 
 
-def pick(captions, rng):
+def pick(text, rng):
     """One of an image's captions, at random."""
-    return str(rng.choice(captions.splitlines()))
+    return str(rng.choice(text.splitlines()))
 
 
-def mirror(images, captions):
-    """The mirror images (B, H, W, 3) of those whose captions don't say left or right; the others as they are."""
-    sided = torch.tensor([bool(re.search(r"\b(left|right)\b", one.lower())) for one in captions], device=images.device)
-    return torch.where(sided.view(-1, 1, 1, 1), images, images.flip(2))
+def mirror(image, text):
+    """The mirror image (H, W, 3); the image itself if its captions say left or right."""
+    return image if re.search(r"\b(left|right)\b", text.lower()) else image.flip(1)
 
 
 def train_tokenizer(args, config):
@@ -761,10 +749,10 @@ def train_text(run):
         rng, negatives = np.random.default_rng((run.args.seed, step, run.rank)), []
         if run.args.data == "shapes":  # other captions have no grammar
             negatives = sum((run.train_data.hard_negatives(caption, rng) for caption in captions), [])
-        return text_loss(clip, images, *run.tokens(captions + negatives)), {}
+        return text_loss(clip, images, *(x.to(run.device) for x in run.model.tokenizer_b(captions + negatives))), {}
 
     clip = CLIP(run.model.config)
-    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # the latter is where Stage B's starts
+    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's starts from it
     clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn)
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
     if run.rank == 0:
@@ -808,7 +796,7 @@ def crop(images, side):
 def revive_codes(codebook, latents, codes, idle, patience=50):
     """Moves each code that was not chosen for `patience` steps onto a random latent of the batch, so that the codebook
     can't collapse. latents (B, h, w, 4), codes (B, h, w); idle (codebook_size,): steps since each code was last chosen,
-    updated here; inf at first: the first batch places all codes -> how many were moved"""
+    updated here; inf at first, so that the first batch places those that it did not choose -> how many were moved"""
     idle += 1
     idle[codes.unique()] = 0
     dead = (idle >= patience).nonzero()[:, 0]
@@ -873,8 +861,8 @@ def init_mapper(compressor, batches):
 
 
 def train_c(run):
-    """Stage C, on semantic latents computed once. Its text encoder is trained with it: Shapes' has seen so few captions
-    that with a frozen one, fewer images come out right. --freeze-text leaves it alone, as in the paper."""
+    """Stage C, on semantic latents computed once. Its text encoder is trained with it: ours has seen few captions, and
+    if it stays frozen, fewer images come out right. --freeze-text freezes it all the same, as in the paper."""
     model, frozen = run.model, run.args.freeze_text
     if not run.pretrained:
         model.text_c = copy.deepcopy(model.text_b)
@@ -906,7 +894,7 @@ def draw_curves(folder):
         curve = curves.setdefault(line["stage"], [])
         while curve and curve[-1][0] >= line["step"]:  # done again
             curve.pop()
-        curve.append((line["step"], max(line["loss"], 1e-6)))
+        curve.append((line["step"], max(1e-6, line["loss"])))  # not NaN
     make_chart({stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
                 for stage, curve in curves.items()}, "step", "loss", log=True).save(folder / "curves.png")
 
@@ -940,14 +928,14 @@ def parse_args(argv=None):
     """The options that a command gives; then those of the run; then those that suit the data set and the machine."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. With "
                                      "several processes under torchrun. Options that are not given are those of the "
-                                     "run's last command.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     "run's last command.")
     add = parser.add_argument
     add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN), help="all: every unfinished stage")
-    add("--run", default="runs/tiny", help="folder of the run")
+    add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
     add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; tiny if not given, cifar for CIFAR")
     add("--init-from", metavar="RUN", help="start from the weights of another run, or from a folder with the published "
         "snapshots; name the stage to train")
-    add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="data set")
+    add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="default: %(default)s")
     add("--data-dir", help="where the data set lies; Shapes needs none")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir first, if it is not there")
     add("--image-size", type=positive, help="side of the images in pixels, the preset's if not given")
@@ -960,16 +948,16 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
     add("--cache", type=positive, help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
-    add("--seed", type=int, default=0, help="of the data and the weights")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--seed", type=int, default=0, help="of the data and the weights (default: %(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: the best that there is")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
-    add("--workers", type=int, default=0, help="processes that prepare images; 0: the main one does")
-    add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl")
-    add("--save-every", type=int, default=250, help="steps between checkpoints and sheets of images")
+    add("--workers", type=int, default=0, help="processes that prepare images (default: 0, the main one does)")
+    add("--log-every", type=positive, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
+    add("--save-every", type=positive, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
     args = parser.parse_args(argv)
     saved = read_options(args.run)
     if args.init_from and not saved:  # sizes are those of the weights
@@ -1042,7 +1030,7 @@ def main(argv=None):
     if distributed.is_initialized():
         distributed.barrier()
     run = Run(args)
-    for stage in TRAIN if args.stage == "all" else [args.stage] if args.stage in TRAIN else []:
+    for stage in {"all": TRAIN, "tokenizer": ()}.get(args.stage, [args.stage]):
         path = run.folder / f"{stage}.pt"
         if args.stage == "all" and path.exists():
             print(f"stage {stage}: already trained")

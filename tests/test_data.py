@@ -158,7 +158,7 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     assert [again[i][1] for i in reversed(range(48))] == seen[::-1]  # whatever was read before
     bad = [item for item in data.items if Path(item[0]).name in reasons]
     data = train.Images(bad + data.items[:3], 32)
-    with pytest.raises(ValueError, match="more than half of the images can't be read"):
+    with pytest.raises(ValueError, match="more than half of the images are of no use"):
         [data[i] for i in range(7)]
 
 

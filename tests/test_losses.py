@@ -220,7 +220,7 @@ def test_the_text_stage_puts_hard_negatives_last(begin):
     for step in (0, 0, 1):
         stage.loss_fn(step)
     (clip, images, first, _), (_, _, same, _), (_, _, other, _) = stage.calls
-    own = stage.run.tokens(stage.batch[1])[0]
+    own = stage.run.model.tokenizer(stage.batch[1])[0]
     assert clip is stage.network and images is stage.batch[0] and len(first) > 20
     for ids in (first, same, other):
         assert torch.equal(ids[:16], own) and not (ids[16:, None] == own).all(dim=2).all(dim=1).any()
