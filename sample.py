@@ -233,8 +233,8 @@ def parse_args(argv=None):
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", default="out.png")
-    add("--count", help="images per prompt (default: 1, of --vary 4); of --mix, from one to the other (7)", type=positive)
-    add("--seed", help="of the first image's noise; the second has the next, and so on (default: 0)", type=int, default=0)
+    add("--count", help="images per prompt (default: 1; of --vary 4); of --mix, frames (7)", type=positive)
+    add("--seed", help="of the first image; the second has the next, and so on (default: 0)", type=int, default=0)
     add("--negative", help="negative prompt", default="")
     add("--height", help="in pixels; as trained if not given", type=positive)
     add("--width", help="in pixels; as trained if not given", type=positive)

@@ -53,8 +53,8 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen
                         diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions, a
-# string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
+# Data. Every data set is endless: data[i], for any i >= 0, is an image, a uint8 array (size, size, 3), and its captions,
+# a string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
 # drawn on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
@@ -251,7 +251,7 @@ def list_cifar(data_dir, split, data):
     """CIFAR-10 or CIFAR-100, binary version: data_dir holds cifar-10-batches-bin/ or cifar-100-binary/. A record is its
     labels, then 32x32 red, green and blue values. -> [(array (32, 32, 3), captions)]"""
     folder, _, _, skip, names = CIFAR[data]
-    files = sorted(file for file in (Path(data_dir) / folder).glob("*.bin") if ("test" in file.name) == (split == "test"))
+    files = sorted(f for f in (Path(data_dir) / folder).glob("*.bin") if ("test" in f.name) == (split == "test"))
     if not files:
         raise FileNotFoundError(f"no {data} in {data_dir}: --download fetches it")
     captions = []
@@ -558,7 +558,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     if run.ranks > 1:
         if run.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # the discriminator, at first
+        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # at first, the discriminator
 
     stopped = []  # Ctrl-C: finish the step, save, stop
     handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
@@ -678,7 +678,7 @@ class Run:
         """What compute(images) -> {key: tensor (B, ...)} gives for this process's share of the first --cache training
         images (of a data set on disk, all), computed once; with --flip, for their mirror images too. The cache is valid
         while it is newer than the files it was made from.
-        -> {key: memory-mapped array (N, ...)}, and "captions", a list of N strings: those of each image, one per line"""
+        -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
         made_from = [self.folder / file for file in (*made_from, "options.json")]
         if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):

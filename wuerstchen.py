@@ -967,7 +967,7 @@ def normal_noise(shape, generator, device):
 
 
 def generators(seed, count):
-    """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> what `random_numbers` takes"""
+    """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> for `random_numbers`"""
     if seed is None:
         return None
     if isinstance(seed, int):
