@@ -53,7 +53,7 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen
                         diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Every data set is endless: data[i], for any i >= 0, is an image, a uint8 array (size, size, 3), and its captions,
+# Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
 # a string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
 # drawn on the fly: "a big blue square to the left of a small green star".
 
@@ -558,7 +558,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     if run.ranks > 1:
         if run.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # at first, the discriminator
+        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # the discriminator
 
     stopped = []  # Ctrl-C: finish the step, save, stop
     handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
