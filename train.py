@@ -348,6 +348,12 @@ def open_data(args, split="train"):
     return Images(items, args.image_size, args.seed)
 
 
+def examples(data, count, start=0):
+    """`count` images of a data set, from number `start` on (count, H, W, 3) in [0, 1], and the first caption of each."""
+    images, texts = zip(*(data[i] for i in range(start, start + count)))
+    return torch.from_numpy(np.stack(images)) / 255, [text.splitlines()[0] for text in texts]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses, one per stage.
 
@@ -664,9 +670,9 @@ class Run:
             yield images, list(map(pick, texts, rngs))
 
     def examples(self, data, count=8):
-        """The first images of a data set (count, H, W, 3) in [0, 1], and the first caption of each."""
-        images, texts = zip(*(data[i] for i in range(count)))
-        return torch.from_numpy(np.stack(images)).to(self.device) / 255, [text.splitlines()[0] for text in texts]
+        """The first `examples` of a data set, on this process's device."""
+        images, captions = examples(data, count)
+        return images.to(self.device), captions
 
     def encode(self, encoder, captions, stage="b"):
         """-> captions (B, L, width) and the null caption (1, L, width). Published stages have a tokenizer each."""

@@ -61,14 +61,15 @@ class Classifier(nn.Module):
 
 def train_classifier(network, images, labels, epochs=14, batch=64, lr=0.003):
     """AdamW, one cycle, label smoothing; images mirrored, moved by up to 4 pixels, a square of 8 cut out."""
-    steps = epochs * (len(images) // batch)
+    per_epoch = len(images) // batch
+    steps = epochs * per_epoch
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     padded = F.pad(images.movedim(-1, 1), (4,) * 4, mode="reflect").movedim(1, -1)
     for step in (bar := trange(steps, desc="classifier")):
-        if step % (len(images) // batch) == 0:
+        if step % per_epoch == 0:
             order = torch.randperm(len(images))
-        rows = order[step % (len(images) // batch) * batch:][:batch]
+        rows = order[step % per_epoch * batch:][:batch]
         (top, left), (y, x) = torch.randint(9, (2,)), torch.randint(25, (2,))
         chosen = padded[rows, top:top + 32, left:left + 32].clone()
         chosen[::2] = chosen[::2].flip(2)
@@ -107,9 +108,8 @@ def main(argv=None):
         torch.save(classifier.state_dict(), path)
     classifier.eval()
 
-    @torch.no_grad()
-    def judge(images, labels):
-        right = (in_batches(classifier, images, size=100).argmax(dim=1) == labels).float()
+    def judge(features, labels):
+        right = (classifier.head(features).argmax(dim=1) == labels).float()
         return {"right": right.mean().item(), "95 %": wilson(right.sum().item(), len(right)),
                 "by class": {name: right[labels == i].mean().item() for i, name in enumerate(classes)}}
 
@@ -121,7 +121,7 @@ def main(argv=None):
     with torch.no_grad():
         features, found, tested = (in_batches(classifier.features, x, size=100) for x in (real, small, test))
     half = len(test) // 2  # they are not in the order of their classes
-    results = {"real test images": judge(test, test_labels), "drawn": judge(small, asked),
+    results = {"real test images": judge(tested, test_labels), "drawn": judge(found, asked),
                "Fréchet, drawn to half of the test images": frechet(found, tested[:half]),
                "Fréchet, between halves of the test images": frechet(tested[:half], tested[half:])}
     print(text := json.dumps(results, indent=1, ensure_ascii=False))

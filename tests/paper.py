@@ -69,8 +69,7 @@ def train_stage(stage, folder, *options):
 
 def test_set(count, size=128):
     """-> images (count, size, size, 3) in [0, 1] and captions that were never trained on"""
-    images, captions = zip(*(train.Shapes(size, split="test")[i] for i in range(count)))
-    return torch.stack([torch.from_numpy(image) for image in images]) / 255, list(captions)
+    return train.examples(train.Shapes(size, split="test"), count)
 
 
 def draw(model, captions):

@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sample import make_chart, make_sheet, pick_device, vary  # noqa: E402
-from train import BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, open_data, parse, read_options  # noqa: E402
+from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, examples, open_data, parse,  # noqa: E402
+                   read_options)
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
 
 
@@ -224,8 +225,8 @@ class Judge:
     def examples(self, split, batch=0):
         """Batch number `batch` of a split -> images (count, H, W, 3) in [0, 1], list of captions"""
         data = open_data(argparse.Namespace(**self.options), split)
-        images, captions = zip(*(data[batch * self.count + i] for i in range(self.count)))
-        return torch.from_numpy(np.stack(images)).to(self.model.device) / 255, list(captions)
+        images, captions = examples(data, self.count, batch * self.count)
+        return images.to(self.model.device), captions
 
     def __call__(self, images, captions, real):
         """Images that were made for these captions, real images for the Fréchet distance -> {column: number}"""

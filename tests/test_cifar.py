@@ -1,11 +1,13 @@
 """The classifier that judges runs on CIFAR, and what it says of a run."""
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from PIL import Image
 
 import cifar
+import score
 from small import make_model, make_run, one_core  # noqa: F401
 from test_data import CLASSES, cifar_folder
 
@@ -38,6 +40,8 @@ def test_what_is_said_of_a_run(tmp_path, monkeypatch):
     assert found["Fréchet, drawn to half of the test images"] > 0
     assert Image.open(run / "cifar.png").size == (2 * 68 + 4, 4 * 68 + 4)
     assert Image.open(run / "nearest.png").size == (4 * 36 + 4, 3 * 36 + 4)
+    judge = score.Judge(cifar.Wuerstchen.load(run), Namespace(run=run, count=3, inception=None))
+    assert set(judge.examples("test")[1]) <= set(CLASSES["cifar10"])  # one caption of each image
     monkeypatch.setattr(cifar, "train_classifier", None)  # the run keeps it
     cifar.main(["--run", str(run), "--count", "2"])
     assert (run / "cifar.json").read_text() == first
