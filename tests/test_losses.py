@@ -1,5 +1,6 @@
 """The losses of train.py, each with a fake network whose answer is known, and what the stages hand them."""
 import functools
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -20,6 +21,22 @@ def test_text_loss_tells_own_captions_from_hard_negatives():
     rows, columns = logits.log_softmax(dim=1), logits[:, :2].log_softmax(dim=0)
     per_image = -((rows[0, 0] + rows[0, 3]) / 2 + rows[1, 1]) / 2
     torch.testing.assert_close(loss, (per_image - (columns[0, 0] + columns[1, 1]) / 2) / 2)
+
+
+def test_hard_negatives_by_hand(monkeypatch):
+    between = train.words_between(["A red dog and a blue cat", "a blue dog", "a red cat and the sun"])
+    assert between["a", "dog"] == between["a", "cat"] == {"red", "blue"} and between["", "red"] == {"a"}
+    assert between["red", "and"] == between["blue", ""] == {"dog", "cat"} and len(between) == 11
+
+    def found(caption):
+        several = [train.hard_negatives(caption, between, rng) for rng in map(np.random.default_rng, range(100))]
+        assert several == [train.hard_negatives(caption, between, rng) for rng in map(np.random.default_rng, range(100))]
+        return set(map(tuple, several))
+    monkeypatch.setattr(train, "reserved", lambda caption: caption == "a red dog and a blue dog")
+    replaced = ["a blue dog and a blue cat", "a red cat and a blue cat", "a red dog and a red cat", None]
+    swapped = ["a blue dog and a red cat", "a red cat and a blue dog"]
+    assert found("A red dog and a blue cat") == {tuple(filter(None, two)) for two in itertools.product(replaced, swapped)}
+    assert found("a green dog") == {("a red dog",), ("a blue dog",)} and found("the sun") == {()}
 
 
 class Scaled(nn.Module):

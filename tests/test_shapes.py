@@ -6,8 +6,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from score import check, find_blobs, whole
-from train import (BACKGROUNDS, COLOURS, HELD_OUT, OUTLINES, RELATIONS, SIZES, SPLITS, TINT, Shapes, draw, parse,
-                   split_of)
+from train import (BACKGROUNDS, COLOURS, HELD_OUT, OUTLINES, RELATIONS, SIZES, SPLITS, TINT, Shapes, draw,
+                   hard_negatives, parse, reserved, split_of, words_between)
 
 
 def pairs(caption):
@@ -36,29 +36,20 @@ def test_splits_are_disjoint_and_held_out_pairs_stay_out():
     assert len({c for c, _ in HELD_OUT}) == len({s for _, s in HELD_OUT}) == len(HELD_OUT) == 5
 
 
-def test_hard_negatives_are_nearly_right():
-    for split in SPLITS:
-        data, rng = Shapes(split=split), np.random.default_rng(0)
-        for i in range(60):
-            image, caption = data[i]
-            for wrong in data.hard_negatives(caption, rng):
-                words = [set(c.replace("an ", "a ").split()) for c in (caption, wrong)]
-                assert wrong != caption and len(words[0] ^ words[1]) <= 2
-                assert split_of(parse(wrong)) in ("train", split) and not whole(check(image, wrong))
-
-
-def test_all_hard_negatives():
-    """One word replaced, or everything exchanged that can be exchanged; without held-out captions."""
-    caption, rng = "a small blue square above a big pink cross", np.random.default_rng(0)
-    replaced = {caption.replace(word, other) for names in (SIZES, COLOURS, OUTLINES) for word in names
-                if word in caption.split() for other in names if other != word}
-    exchanged = {"a big pink cross above a small blue square", "a big blue square above a small pink cross",
-                 "a small pink square above a big blue cross", "a small blue cross above a big pink square"}
-    found = {wrong for _ in range(1000) for wrong in Shapes().hard_negatives(caption, rng)}
-    assert found == {wrong for wrong in replaced | exchanged if split_of(parse(wrong)) == "train"}
-    caption = "a yellow circle above a blue square"
-    found = {wrong for _ in range(100) for wrong in Shapes().hard_negatives(caption, rng)}
-    assert "a blue square above a yellow circle" in found and not any("yellow square" in wrong for wrong in found)
+def test_hard_negatives_are_almost_right():
+    data, rng, sensible, count = Shapes(64), np.random.default_rng(0), 0, 0
+    between = words_between(data.caption(i) for i in range(2000))
+    for image, caption in (data[i] for i in range(200)):
+        for wrong in hard_negatives(caption, between, rng):
+            count += 1
+            assert 1 <= sum(a != b for a, b in zip(caption.split(), wrong.split(), strict=True)) <= 2
+            assert not any(f"{colour} {shape}" in wrong for colour, shape in HELD_OUT) and not reserved(wrong)
+            try:
+                assert not whole(check(image, wrong))
+                sensible += 1
+            except ValueError:  # twice the same object, or "on" where only "above" makes sense
+                pass
+    assert count > 200 and sensible > 0.8 * count
 
 
 def test_shares_of_captions():
