@@ -30,7 +30,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 import zlib
@@ -517,8 +516,8 @@ class Objective(nn.Module):
 
 
 def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda name: 1):
-    """Trains a network and returns its moving average. A checkpoint is written every --save-every steps and on Ctrl-C;
-    the next call goes on from it.
+    """Trains a network and returns its moving average. A checkpoint is written every --save-every steps; after Ctrl-C
+    or a crash, the next call goes on from it.
 
     batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
     and a dictionary of numbers to log (a "loss" among them is logged in its place);
@@ -546,8 +545,6 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # the discriminator
 
-    stopped = []  # Ctrl-C: finish the step, save, stop
-    handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     start, first = time.time(), step
     bar = tqdm(batches(step, recipe), f"stage {stage}", recipe.steps, initial=step, unit="step", disable=run.rank > 0)
     for batch in bar:
@@ -588,12 +585,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             images, captions = run.examples(run.test_data)
             sheet = make_sheet([images, *preview(average.module, images, captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
-        if run.rank == 0 and (step % args.save_every == 0 or stopped):
+        if run.rank == 0 and step % args.save_every == 0:
             save_atomically(path, dict(step=step, **{name: part.state_dict() for name, part in checkpointed.items()}))
-        if stopped:
-            bar.close()
-            sys.exit(f"stopped after step {step}; run the same command to continue")
-    signal.signal(signal.SIGINT, handler)
     return average.module
 
 
@@ -663,11 +656,11 @@ class Run:
     def cached(self, name, made_from, compute):
         """What compute(images) -> {key: tensor (B, ...)} gives for this process's share of the first --cache training
         images (of a data set on disk, all), computed once; with --flip, for their mirror images too. The cache is valid
-        while it is newer than the files it was made from.
+        while it is newer than the stage it was made from, a file in the run folder, and options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
-        made_from = [self.folder / file for file in (*made_from, "options.json")]
-        if not folder.exists() or folder.stat().st_mtime < max(file.stat().st_mtime for file in made_from):
+        newest = max((self.folder / file).stat().st_mtime for file in (made_from, "options.json"))
+        if not folder.exists() or folder.stat().st_mtime < newest:
             new, arrays, texts = folder.with_suffix(".new"), {}, []
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(new, ignore_errors=True)
@@ -843,7 +836,7 @@ def train_b(run):
         return dict(small=(shrink(images).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
-    arrays = run.cached("latents", ("text.pt", "a.pt"), compute)
+    arrays = run.cached("latents", "a.pt", compute)
     if not run.pretrained:
         init_mapper(model.compressor, (torch.tensor(arrays["small"][:1024]).to(run.device) / 255).split(32))
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
@@ -882,7 +875,7 @@ def train_c(run):
     if not run.pretrained:
         model.text_c = copy.deepcopy(model.text_b)
 
-    arrays = run.cached("semantic", ("text.pt", "b.pt"), lambda images: dict(semantic=model.compress(images)))
+    arrays = run.cached("semantic", "b.pt", lambda images: dict(semantic=model.compress(images)))
     # Measured for pretrained weights too: they differ with the size of the images. clip: a channel may be constant.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
@@ -1072,3 +1065,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from the last checkpoint")

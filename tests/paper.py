@@ -117,7 +117,7 @@ def train_baseline(folder, steps):
         t, eps = torch.sigmoid(0.5 + torch.randn(len(x0))), torch.randn_like(x0)
         return diffusion_loss(eps, network["unet"](add_noise(x0, eps, t), t, None, text), t), {}
 
-    arrays = run.cached("baseline", ("text.pt", "a.pt"), lambda images: dict(latents=model.a.encode(images).half()))
+    arrays = run.cached("baseline", "a.pt", lambda images: dict(latents=model.a.encode(images).half()))
     train.fit(run, "b", network, run.cached_batches(arrays), loss_fn, None,
               lr_scale=lambda name: 0.1 if name.startswith("text") else 1)
 
