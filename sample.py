@@ -42,9 +42,7 @@ def load_image(file, size):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"can't read {'an array' if isinstance(file, np.ndarray) else file}: {error}") from error
@@ -130,16 +128,9 @@ def latent_size_of(images):
 
 
 @torch.no_grad()
-def vary(model, images, prompts, seed=None, **options):
-    """Images with the same semantic latents: Stage B draws them from other noise. options: of `from_semantic`"""
-    return model.from_semantic(model.compress(images), prompts, latent_size_of(images),
-                               generator=generators(seed, len(images)), **options)
-
-
-@torch.no_grad()
 def mix(model, images, prompt="", count=7, seed=0, **options):
     """From one image to another: `count` images from the semantic latents between theirs, all with the same noise.
-    images (2, H, W, 3), seed: int -> (count, H, W, 3); the ends are what `vary` makes of the two"""
+    images (2, H, W, 3), seed: int -> (count, H, W, 3); the ends are what `model.reconstruct` makes of the two"""
     first, last = model.compress(images)
     between = torch.lerp(first, last, torch.linspace(0, 1, count, device=model.device).view(-1, 1, 1, 1))
     return model.from_semantic(between, [prompt] * count, latent_size_of(images),
@@ -150,10 +141,10 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), guidance=(None, None), seed=None,
            sampler="ddpm"):
     """Draws prompts over images: Stage C starts from their semantic latents, noised to time `strength` (SDEdit, Meng et
-    al., 2022). 0 rebuilds the image (`vary`), 1 ignores it (`generate`)."""
+    al., 2022). 0 rebuilds the image (`reconstruct`), 1 ignores it (`generate`)."""
     if strength == 0:
-        return vary(model, images, prompts, seed, negative=negative, steps=steps[1], guidance=guidance[1],
-                    sampler=sampler)
+        return model.reconstruct(images, prompts, seed, negative=negative, steps=steps[1], guidance=guidance[1],
+                                 sampler=sampler)[1]
     generator, semantic = generators(seed, len(images)), model.compress(images)
     times = timesteps(steps[0], model.device)
     times = torch.cat([times.new_tensor([strength]), times[times < strength]])
@@ -217,13 +208,6 @@ def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance
 # The command line.
 
 
-def positive(text):
-    """An argparse type: a whole number from 1 on."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw images from captions with a trained Würstchen.")
     add = parser.add_argument
@@ -233,14 +217,14 @@ def parse_args(argv=None):
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", default="out.png")
-    add("--count", help="images per prompt (default: 1; of --vary 4); of --mix, frames (7)", type=positive)
+    add("--count", help="images per prompt (1; with --vary 4), or frames of --mix (7)", type=int)
     add("--seed", help="of the first image; the second has the next, and so on (default: 0)", type=int, default=0)
     add("--negative", help="negative prompt", default="")
-    add("--height", help="in pixels; as trained if not given", type=positive)
-    add("--width", help="in pixels; as trained if not given", type=positive)
-    add("--steps-c", help="diffusion steps of Stage C (default: %(default)s)", type=positive, default=60)
+    add("--height", help="in pixels; as trained if not given", type=int)
+    add("--width", help="in pixels; as trained if not given", type=int)
+    add("--steps-c", help="diffusion steps of Stage C (default: %(default)s)", type=int, default=60)
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="diffusion steps of Stage B (default: %(default)s)", type=positive, default=12)
+    add("--steps-b", help="diffusion steps of Stage B (default: %(default)s)", type=int, default=12)
     add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given", type=float)
     add("--cfg-b", help="the same of Stage B", type=float)
     add("--sampler", help="ddim adds no noise on the way (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
@@ -250,14 +234,12 @@ def parse_args(argv=None):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF")
     add("--reconstruct", help="images to compress and rebuild", nargs="+", metavar="IMAGE")
-    add("--vary", help="draw an image's semantic latents with new noise in Stage B", metavar="IMAGE")
+    add("--vary", help="draw an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
-    add("--redraw", help="draw the prompts, starting from this image and noise", metavar="IMAGE")
+    add("--redraw", help="draw the prompts, starting from this image and noise", nargs=1, metavar="IMAGE")
     add("--fill", help="draw the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
     args = parser.parse_args(argv)
     args.run = args.run or ("runs/tiny" if Path("runs/tiny/c.pt").exists() else Path(__file__).parent / "tests/shapes")
-    if not all(map(str.strip, args.prompts)):
-        parser.error("a prompt is empty")
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
         parser.error("nothing to draw: give a PROMPT")
     if not 0 <= args.strength <= 1:
@@ -295,8 +277,7 @@ def draw(model, args):
     options = dict(negative=args.negative, steps=("fast" if args.fast else args.steps_c, args.steps_b),
                    guidance=(args.cfg, args.cfg_b), sampler=args.sampler)
     b_options = options | dict(steps=args.steps_b, guidance=args.cfg_b)
-    path = args.vary or args.redraw or (args.fill and args.fill[0])
-    paths = args.reconstruct or args.mix or ([path] if path else [])
+    paths = args.reconstruct or args.mix or args.vary or args.redraw or (args.fill or [])[:1]
     images = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
     mask = to_tensor(load_image(args.fill[1], size)).mean(dim=-1).to(model.device) > 0.5 if args.fill else None
     if args.reconstruct:
@@ -319,7 +300,7 @@ def draw(model, args):
     def draw_batch(prompts, seeds):
         batch = images.expand(len(prompts), -1, -1, -1) if paths else None
         if args.vary:
-            return vary(model, batch, prompts, seeds, **b_options)
+            return model.reconstruct(batch, prompts, seeds, **b_options)[1]
         if args.redraw:
             return redraw(model, batch, prompts, args.strength, seed=seeds, **options)
         if args.fill:

@@ -46,7 +46,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sample import load_image, make_chart, make_sheet, pick_device, positive
+from sample import load_image, make_chart, make_sheet, pick_device
 from tokenizer import Tokenizer, read_json
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
                         diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
@@ -98,7 +98,7 @@ class Scene:
         names = []
         for size, colour, shape in self.objects:
             words = " ".join(filter(None, (size, colour, shape)))
-            names.append(("an " if words[0] == "o" else "a ") + words)  # "orange" is the only vowel
+            names.append(("an " if words[0] == "o" else "a ") + words)  # only "orange" begins with a vowel
         text = f" {self.relation} ".join(names)
         return text + (f" on a {self.background} background" if self.background else "")
 
@@ -334,13 +334,7 @@ def examples(data, count, start=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses, one per stage.
-
-
-def text_loss(clip, images, ids, mask):
-    """The text encoder's: CLIP's contrastive loss. images (B, H, W, 3) in [0, 1]; ids and mask (N, L) of captions: the
-    images' own B, then hard negatives -> scalar"""
-    return contrastive_loss(clip(images, ids, mask), ids)
+# The losses of Stages A, B and C. The text encoder's is `contrastive_loss`.
 
 
 def vqgan_loss(vqgan, discriminator, images, adversarial):
@@ -582,8 +576,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
         if run.rank == 0 and preview and (step % args.save_every == 0 or done):
-            images, captions = run.examples(run.test_data)
-            sheet = make_sheet([images, *preview(average.module, images, captions)], captions)
+            images, captions = examples(run.test_data, 8)
+            sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
         if run.rank == 0 and step % args.save_every == 0:
             save_atomically(path, dict(step=step, **{name: part.state_dict() for name, part in checkpointed.items()}))
@@ -642,11 +636,6 @@ class Run:
                                       for image, text, rng in zip(images, texts, rngs)])
             yield images, list(map(pick, texts, rngs))
 
-    def examples(self, data, count=8):
-        """The first `examples` of a data set, on this process's device."""
-        images, captions = examples(data, count)
-        return images.to(self.device), captions
-
     def encode(self, encoder, captions, stage="b"):
         """-> captions (B, L, width) and the null caption (1, L, width). Published stages have a tokenizer each."""
         tokenizer = self.model.tokenizer if stage == "c" else self.model.tokenizer_b
@@ -659,12 +648,11 @@ class Run:
         while it is newer than the stage it was made from, a file in the run folder, and options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
+        complete = folder / "captions.json"  # written last
         newest = max((self.folder / file).stat().st_mtime for file in (made_from, "options.json"))
-        if not folder.exists() or folder.stat().st_mtime < newest:
-            new, arrays, texts = folder.with_suffix(".new"), {}, []
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
+        if not complete.exists() or complete.stat().st_mtime < newest:
+            arrays, texts = {}, []
+            folder.mkdir(parents=True, exist_ok=True)
             # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
             steps = math.ceil((self.args.cache or len(self.train_data.items)) / (16 * self.ranks))
             indices = [range(16 * i, 16 * (i + 1)) for i in range(self.rank, steps * self.ranks, self.ranks)]
@@ -675,14 +663,13 @@ class Run:
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
                 for key, x in found.items():
                     if not texts:  # the first batch
-                        arrays[key] = np.lib.format.open_memmap(new / f"{key}.npy", "w+", x.dtype,
+                        arrays[key] = np.lib.format.open_memmap(folder / f"{key}.npy", "w+", x.dtype,
                                                                 (len(x) * steps, *x.shape[1:]))
                     arrays[key][len(texts):len(texts) + len(x)] = x
                 texts += own
-            (new / "captions.json").write_text(json.dumps(texts))
-            new.rename(folder)  # only when it is complete
+            complete.write_text(json.dumps(texts))
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-        return arrays | {"captions": read_json(folder / "captions.json")}
+        return arrays | {"captions": read_json(complete)}
 
     def cached_batches(self, arrays):
         """A `batches` for `fit`: random rows of what `cached` returns, as a dictionary of tensors, with one of the
@@ -729,9 +716,10 @@ def words_between(captions):
 
 
 def hard_negatives(caption, between, rng):
-    """Captions that are almost right: one with a word replaced, one with two words swapped. Each word then stands
-    between two words where `words_between` found it: what random swaps make is mostly not English, and the text encoder
-    would learn that instead of looking at the image. Without what Shapes keeps for testing -> 0 to 2 captions"""
+    """Wrong captions that are almost right: one with a word replaced, one with two words swapped. A word comes only
+    between two words between which `words_between` found it: random swaps are mostly not English, and the text encoder
+    would learn to tell that instead of looking at the image. Captions that are reserved for testing are left out.
+    caption: str, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
     places = range(1, len(words) - 1)
     fits = {i: between.get((words[i - 1], words[i + 1]), set()) for i in places}
@@ -757,7 +745,8 @@ def train_text(run):
         images, captions = batch
         rng = np.random.default_rng((run.args.seed, step, run.rank))
         negatives = sum((hard_negatives(caption, between, rng) for caption in captions), [])
-        return text_loss(clip, images, *(x.to(run.device) for x in run.model.tokenizer_b(captions + negatives))), {}
+        ids, mask = (x.to(run.device) for x in run.model.tokenizer_b(captions + negatives))
+        return contrastive_loss(clip(images, ids, mask), ids), {}
 
     clip = CLIP(run.model.config)
     clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's starts from it
@@ -776,8 +765,7 @@ def train_a(run):
     crops = max(1, size // (2 * side)) ** 2
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
-    idle = torch.full((cfg.codebook_size,), 0.0 if run.pretrained else math.inf)
-    network.register_buffer("idle", idle)  # so that it is in the checkpoint
+    network.register_buffer("idle", torch.full((cfg.codebook_size,), 0.0 if run.pretrained else math.inf))
 
     def loss_fn(network, batch, step):
         images = torch.cat([crop(batch[0], side) for _ in range(crops)])
@@ -822,8 +810,8 @@ def set_scale(run):
     """Stage B's latents are divided by 3.2 times their deviation. Large shapes then hide in the noise for longer, and B
     learns to ask the semantic latents where they are and of what colour. In images below 128 px, shapes cover fewer
     latents and hide sooner: there, the factor falls with the side."""
-    images, _ = run.examples(run.train_data, 256)
-    deviation = torch.cat([run.model.a.encode(some) for some in images.split(32)]).std()
+    images, _ = examples(run.train_data, 256)
+    deviation = torch.cat([run.model.a.encode(some.to(run.device)) for some in images.split(32)]).std()
     run.model.a.scale.fill_(3.2 * min(1, run.model.config.image_size / 128) * deviation)
 
 
@@ -934,11 +922,11 @@ def pick_precision(device):
 
 def parse_args(argv=None):
     """The options that a command gives; then those of the run; then those that suit the data set and the machine."""
-    parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. With "
-                                     "several processes under torchrun. Options that are not given are those of the "
-                                     "run's last command.")
+    parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
+                                     "keeps its preset, data, image size, seed, flip, precision, cache and "
+                                     "freeze-text; give the other options again.")
     add = parser.add_argument
-    add("stage", nargs="?", default="all", choices=("all", "tokenizer", *TRAIN), help="all: every unfinished stage")
+    add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
     add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; tiny if not given, cifar for CIFAR")
     add("--init-from", metavar="RUN", help="start from the weights of another run, or from a folder with the published "
@@ -946,15 +934,14 @@ def parse_args(argv=None):
     add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="default: %(default)s")
     add("--data-dir", help="where the data set lies; Shapes needs none")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir first, if it is not there")
-    add("--image-size", type=positive, help="side of the images in pixels, the preset's if not given")
-    add("--tokens", action=argparse.BooleanOptionalAction, default=False,
-        help="Stage B as in the paper's first version: it draws Stage A's codes")
+    add("--image-size", type=int, help="side of the images in pixels, the preset's if not given")
+    add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
         "say left or right; if not given, all data but Shapes")
-    add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
-    add("--batch-size", type=positive, help="images per step, of all processes; the preset's recipe if not given")
+    add("--steps", type=int, help="training steps of each stage named; the preset's recipe if not given")
+    add("--batch-size", type=int, help="images per step, of all processes; the preset's recipe if not given")
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=positive, help="training images of Stages B and C, whose latents are computed once; all if not "
+    add("--cache", type=int, help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
     add("--seed", type=int, default=0, help="of the data and the weights (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: the best that there is")
@@ -964,8 +951,8 @@ def parse_args(argv=None):
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=int, default=0, help="processes that prepare images (default: 0, the main one does)")
-    add("--log-every", type=positive, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
-    add("--save-every", type=positive, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
+    add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
+    add("--save-every", type=int, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
     args = parser.parse_args(argv)
     saved = read_options(args.run)
     if args.init_from and not saved:  # sizes are those of the weights
@@ -1030,7 +1017,7 @@ def main(argv=None):
     if first:
         if args.download:
             download(args.data, args.data_dir)
-        if args.stage == "tokenizer" or not saved:
+        if not saved:
             begin(args)
         options = {name: getattr(args, name) for name in SAVED}
         if options != saved:  # writing it outdates the cache
@@ -1038,7 +1025,7 @@ def main(argv=None):
     if distributed.is_initialized():
         distributed.barrier()
     run = Run(args)
-    for stage in {"all": TRAIN, "tokenizer": ()}.get(args.stage, [args.stage]):
+    for stage in TRAIN if args.stage == "all" else [args.stage]:
         path = run.folder / f"{stage}.pt"
         if args.stage == "all" and path.exists():
             print(f"stage {stage}: already trained")

@@ -35,7 +35,7 @@ import math
 import mmap
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ class StageBConfig:
     cond_width: int = 1024  # width that text and semantic latents are mapped to
     patch: int = 2
     dropout: float = 0.1
-    token_width: int = 0  # of the token embeddings, if Stage B draws Stage A's codes as in the paper's first version
+    token_width: int = 0  # more than 0: Stage B draws Stage A's codes, embedded in this width (the paper's version 1)
 
 
 @dataclass
@@ -138,19 +138,18 @@ class Config:
         per image_size / cells pixels (42.67 at 128, 256 and 1024), rounded up; as many latents per cell as when
         trained, rounded to what Stage B's strides divide. -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
-        semantic = [max(1, math.ceil(pixels * self.cells / self.image_size)) for pixels in (height, width)]
+        semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
         latents = [int(n * self.image_size / 4 / self.cells) for n in semantic]
         return tuple(semantic), tuple(max(1, round(n / unit)) * unit for n in latents)
 
     @classmethod
     def from_dict(cls, d):
-        parts = dict(text_c=TextConfig, text_b=TextConfig, a=VQGANConfig, compressor=CompressorConfig,
-                     b=StageBConfig, c=StageCConfig)
-        return cls(**{k: parts[k](**v) if k in parts else v for k, v in d.items()})
+        types = {field.name: field.type for field in fields(cls)}
+        return cls(**{name: types[name](**value) if isinstance(value, dict) else value for name, value in d.items()})
 
 
 PRESETS = {
-    # Trains on two CPU cores in minutes.
+    # Trains on two CPU cores in half an hour.
     "tiny": Config(
         image_size=128,
         guidance=(2.0, 1.0),
@@ -165,13 +164,12 @@ PRESETS = {
                        cond_width=64, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, dropout=0.0),
     ),
-    # One consumer GPU, 32 to 256 px: CIFAR, COCO subsets.
+    # One GPU with 24 GB: COCO. Not trained yet.
     "small": Config(
         image_size=256,
         text_c=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
         text_b=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
         a=VQGANConfig(channels=(96, 192), blocks=6, codebook_size=4096, disc_depth=5, disc_width=256),
-        compressor=CompressorConfig(),
         b=StageBConfig(channels=(128, 256, 512), blocks=(2, 4, 6), heads=(0, 8, 16), sees_semantic=(False, True, True),
                        cond_width=256),
         c=StageCConfig(width=768, depth=16, heads=12),
@@ -238,7 +236,7 @@ class GlobalResponseNorm(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)"""
         norm = (x.float().square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()  # 1e-12: the root's gradient at 0
         response = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-        # beta + x·(1 + gamma·N) in one operation. In half precision, x stays in half precision.
+        # beta + x·(1 + gamma·N) in one operation. The norms are float32, the result has x's precision.
         return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))
 
 
@@ -422,8 +420,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids, mask):
-        """Tokens plus positions, the layers, the last LayerNorm. A token sees itself and the tokens before it, but no
-        padding; padding does not see itself either.
+        """Tokens plus positions, the layers, the last LayerNorm. Each place sees the caption's tokens up to its own;
+        nothing sees padding, not even padding itself.
         ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
@@ -487,11 +485,6 @@ def contrastive_loss(logits, ids):
 # 4. Stage A: a VQGAN with a stride of 4 (section 3.1, appendix E.1; Esser et al., 2021).
 
 
-def pad_edges(x):
-    """Repeats the outermost pixels once. (B, H, W, C) -> (B, H + 2, W + 2, C)"""
-    return F.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
-
-
 class VQBlock(nn.Module):
     """Depthwise convolution and MLP as residual branches, with six learned scalars g that start at 0:
 
@@ -501,7 +494,7 @@ class VQBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = layer_norm(channels)
-        self.depthwise = Conv(channels, channels, 3, groups=channels)
+        self.depthwise = Conv(channels, channels, 3, padding=1, padding_mode="replicate", groups=channels)
         self.expand = nn.Linear(channels, 4 * channels)
         self.project = nn.Linear(4 * channels, channels)
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -509,7 +502,7 @@ class VQBlock(nn.Module):
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
         g = self.gammas
-        x = x + self.depthwise(pad_edges(self.norm(x) * (1 + g[0]) + g[1])) * g[2]
+        x = x + self.depthwise(self.norm(x) * (1 + g[0]) + g[1]) * g[2]
         h = F.gelu(self.expand(self.norm(x) * (1 + g[3]) + g[4]))
         return x + self.project(h) * g[5]
 
@@ -1165,8 +1158,6 @@ class Wuerstchen(nn.Module):
         trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None:
         `config.guidance`); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
         image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
-        if not prompts:
-            raise ValueError("no prompt given")
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
         x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)
@@ -1176,7 +1167,7 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, prompts=None, seed=None, **options):
-        """What each half of the compression keeps of an image. images (B, H, W, 3) in [0, 1], sides multiples of
+        """What Stage A alone keeps of an image, and what the semantic latents do. images (B, H, W, 3) in [0, 1], sides multiples of
         `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those of `from_semantic`
         -> (by Stage A alone, stride 4 and quantized; by Stages B and A from the semantic latents), both like images"""
         size = [side // 4 for side in images.shape[1:3]]

@@ -133,7 +133,7 @@ def test_batches_have_mirror_images_and_all_captions(tmp_path, flip):
     for part in (1, 2):
         share = np.mean([sample[part] for sample in seen if sample[0] % 4])
         assert 0.45 < share < 0.55 or part == 2 and flip == "--no-flip"
-    images, captions = run.examples(run.test_data, 3)
+    images, captions = train.examples(run.test_data, 3)
     assert (images[:, 16, 2] == 1).all() and all(caption.startswith("image") for caption in captions)
 
 

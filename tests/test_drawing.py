@@ -76,9 +76,9 @@ def test_guidance_is_the_runs_unless_given(run, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [FEW, FEW | OTHER])
-def test_redraw_goes_from_vary_to_generate(model, options):
+def test_redraw_goes_from_reconstruct_to_generate(model, options):
     images, options = shapes(3), dict(seed=2, guidance=(4.0, 1.0)) | options
-    varied = script.vary(model, images, PROMPTS, **options | dict(steps=3, guidance=options["guidance"][1]))
+    _, varied = model.reconstruct(images, PROMPTS, **options | dict(steps=3, guidance=options["guidance"][1]))
     drawn = model.generate(PROMPTS, **options)
     assert torch.equal(script.redraw(model, images, PROMPTS, 0, **options), varied)
     assert torch.equal(script.redraw(model, images, PROMPTS, 1, **options), drawn)
@@ -98,19 +98,19 @@ def test_redraw_starts_at_its_strength(model, monkeypatch, strength, times):
     assert seen.tolist() == pytest.approx(times)
 
 
-def test_vary_keeps_the_semantic_latents(model, monkeypatch):
+def test_reconstruct_keeps_the_semantic_latents(model, monkeypatch):
     image, calls = shapes(1), spy(monkeypatch, model, "sample_b")
-    varied = script.vary(model, image.expand(3, -1, -1, -1), PROMPTS[:1] * 3, seed=[1, 2, 3], steps=3)
+    _, varied = model.reconstruct(image.expand(3, -1, -1, -1), PROMPTS[:1] * 3, seed=[1, 2, 3], steps=3)
     torch.testing.assert_close(calls[0][0][2], model.compress(image).expand(3, -1, -1, -1))
     assert not close(varied[:1], varied[1:2]) and not close(varied[1:2], varied[2:])
     assert close(varied[1:2], model.reconstruct(image, PROMPTS[:1], seed=2, steps=3)[1])
 
 
-def test_mix_ends_in_vary(model):
+def test_mix_ends_in_reconstruct(model):
     images, options = shapes(2), dict(steps=3, negative="a red star", guidance=1.5)
     mixed = script.mix(model, images, PROMPTS[0], 5, seed=4, **options)
     for i, image in ((0, images[:1]), (4, images[1:])):
-        assert close(mixed[i:i + 1], script.vary(model, image, PROMPTS[:1], seed=4, **options))
+        assert close(mixed[i:i + 1], model.reconstruct(image, PROMPTS[:1], seed=4, **options)[1])
     middle = model.from_semantic(model.compress(images).mean(dim=0, keepdim=True), PROMPTS[:1],
                                  generator=generators(4, 1), **options)
     assert close(mixed[2:3], middle) and not close(mixed[1:2], middle) and not close(mixed[:1], mixed[-1:])
@@ -194,7 +194,7 @@ def test_the_script_draws_each_way(run, model):
             (): model.generate(**options),
             ("--fast",): model.generate(**options | dict(steps=("fast", 3))),
             ("--height", 64, "--width", 96): model.generate(size=(64, 96), **options),
-            ("--vary", a, "--count", 1): script.vary(*given, **options | dict(steps=3, guidance=1.5)),
+            ("--vary", a, "--count", 1): model.reconstruct(*given[1:], **options | dict(steps=3, guidance=1.5))[1],
             ("--redraw", a): script.redraw(*given, strength=0.6, **options),
             ("--redraw", a, "--strength", 0.3): script.redraw(*given, strength=0.3, **options),
             ("--fill", a, half): script.fill(*given, right.expand(1, 64, 64), **options)}.items():
@@ -220,8 +220,7 @@ def test_what_is_too_long_is_said(run, capsys):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("", "nothing to draw"), ("--redraw a.png", "nothing to draw"), ("cat \t", "a prompt is empty"),
-    ("--redraw a.png cat --strength 2", "--strength is between 0 and 1"), ("--vary a.png --mix a.png b.png", "allowed"),
+    ("", "nothing to draw"), ("--redraw a.png", "nothing to draw"), ("--redraw a.png cat --strength 2", "--strength is between 0 and 1"), ("--vary a.png --mix a.png b.png", "allowed"),
     ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
     ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"), ("cat --out none/a.png", "none/a.png")])

@@ -150,6 +150,3 @@ def test_a_run_with_tokens(tmp_path, monkeypatch, capsys):
     sample.main(["a red star", "--run", str(folder), "--out", str(tmp_path / "out.png"), "--cfg-b", "2", "--device",
                  "cpu"])
     score.main(["--run", str(folder), "--count", "2", "--steps-c", "2", "--steps-b", "2", "--device", "cpu"])
-    with pytest.raises(SystemExit):
-        train.main(["c", "--run", str(folder), "--no-tokens"])
-    assert "was begun with" in capsys.readouterr().err
