@@ -40,8 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -328,7 +327,7 @@ def open_data(args, split="train"):
 
 
 def examples(data, count, start=0):
-    """`count` images of a data set, from number `start` on (count, H, W, 3) in [0, 1], and the first caption of each."""
+    """-> `count` images of a data set from number `start` on (count, H, W, 3) in [0, 1]; the first caption of each"""
     images, texts = zip(*(data[i] for i in range(start, start + count)))
     return torch.from_numpy(np.stack(images)) / 255, [text.splitlines()[0] for text in texts]
 
@@ -498,17 +497,6 @@ def ema_update(averages, params, steps):
     torch._foreach_lerp_(averages, params, 1 - min(0.999, (1 + steps.item()) / (10 + steps.item())))
 
 
-class Objective(nn.Module):
-    """A network and its loss as one module, which DistributedDataParallel can wrap."""
-
-    def __init__(self, network, loss_fn):
-        super().__init__()
-        self.network, self.loss_fn = network, loss_fn
-
-    def forward(self, batch, step):
-        return self.loss_fn(self.network, batch, step)
-
-
 def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda name: 1):
     """Trains a network and returns its moving average. A checkpoint is written every --save-every steps; after Ctrl-C
     or a crash, the next call goes on from it.
@@ -533,25 +521,20 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     for module in network.modules():
         if args.compile and isinstance(module, (StageB, StageC)):
             module.compile()
-    objective = Objective(network, loss_fn)
-    if run.ranks > 1:
-        if run.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(objective)
-        objective = DistributedDataParallel(objective, find_unused_parameters=stage == "a")  # the discriminator
 
     start, first = time.time(), step
-    bar = tqdm(batches(step, recipe), f"stage {stage}", recipe.steps, initial=step, unit="step", disable=run.rank > 0)
+    bar = tqdm(batches(step, recipe), f"stage {stage}", recipe.steps, initial=step, unit="step")
     for batch in bar:
         # Linear warm-up as the authors have it, then a cosine down to 0: short runs need it more than theirs.
         lr = recipe.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-        # Each step and each process has its own noise, and a run that goes on the same as one that was never stopped.
-        torch.manual_seed(1 + args.seed * recipe.steps + step + 10**9 * run.rank)
+        # Each step has its own noise, and a run that goes on the same as one that was never stopped.
+        torch.manual_seed(1 + args.seed * recipe.steps + step)
         network.zero_grad()
         with run.autocast():
-            loss, numbers = objective(batch, step)
+            loss, numbers = loss_fn(network, batch, step)
         scaler.scale(loss).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -575,11 +558,11 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
-        if run.rank == 0 and preview and (step % args.save_every == 0 or done):
+        if preview and (step % args.save_every == 0 or done):
             images, captions = examples(run.test_data, 8)
             sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
-        if run.rank == 0 and step % args.save_every == 0:
+        if step % args.save_every == 0:
             save_atomically(path, dict(step=step, **{name: part.state_dict() for name, part in checkpointed.items()}))
     return average.module
 
@@ -593,9 +576,6 @@ class Run:
 
     def __init__(self, args):
         self.args, self.device, self.folder = args, torch.device(args.device), Path(args.run)
-        self.rank, self.ranks = 0, 1
-        if distributed.is_initialized():
-            self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
         self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
         (self.folder / "sheets").mkdir(exist_ok=True)
         self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
@@ -610,10 +590,9 @@ class Run:
 
     def log(self, **numbers):
         """Adds a line to metrics.jsonl."""
-        if self.rank == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
-                file.write(json.dumps(numbers) + "\n")
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
+            file.write(json.dumps(numbers) + "\n")
 
     def load(self, indices):
         """A batch of training images for each list of indices: (B, H, W, 3) in [0, 1], and the captions of each, one
@@ -624,11 +603,9 @@ class Run:
             yield images.to(self.device, non_blocking=True) / 255, list(texts)
 
     def batches(self, first, recipe):
-        """This process's share of the training batches from step `first` on: images (B, H, W, 3) in [0, 1], with
-        --flip mirrored at random, and one of the captions of each"""
-        share = recipe.batch // self.ranks
-        indices = [range(step * recipe.batch + self.rank * share, step * recipe.batch + (self.rank + 1) * share)
-                   for step in range(first, recipe.steps)]
+        """The training batches from step `first` on: images (B, H, W, 3) in [0, 1], with --flip mirrored at random, and
+        one of the captions of each"""
+        indices = [range(step * recipe.batch, (step + 1) * recipe.batch) for step in range(first, recipe.steps)]
         for some, (images, texts) in zip(indices, self.load(indices)):
             rngs = [np.random.default_rng((self.args.seed, 1, i)) for i in some]
             if self.args.flip:
@@ -643,20 +620,19 @@ class Run:
         return text[:-1], text[-1:]
 
     def cached(self, name, made_from, compute):
-        """What compute(images) -> {key: tensor (B, ...)} gives for this process's share of the first --cache training
-        images (of a data set on disk, all), computed once; with --flip, for their mirror images too. The cache is valid
-        while it is newer than the stage it was made from, a file in the run folder, and options.json.
+        """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (if not given: all
+        of a data set on disk), computed once; with --flip, for their mirror images too. The cache is valid while it is
+        newer than the stage it was made from, a file in the run folder, and options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
-        folder = self.folder / "cache" / f"{name}-{self.rank}-of-{self.ranks}"
+        folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
         newest = max((self.folder / file).stat().st_mtime for file in (made_from, "options.json"))
         if not complete.exists() or complete.stat().st_mtime < newest:
             arrays, texts = {}, []
             folder.mkdir(parents=True, exist_ok=True)
             # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
-            steps = math.ceil((self.args.cache or len(self.train_data.items)) / (16 * self.ranks))
-            indices = [range(16 * i, 16 * (i + 1)) for i in range(self.rank, steps * self.ranks, self.ranks)]
-            for images, own in tqdm(self.load(indices), name, steps, disable=self.rank > 0):
+            steps = math.ceil((self.args.cache or len(self.train_data.items)) / 16)
+            for images, own in tqdm(self.load([range(16 * i, 16 * (i + 1)) for i in range(steps)]), name, steps):
                 if self.args.flip:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
@@ -676,8 +652,8 @@ class Run:
         captions of each"""
         def batches(first, recipe):
             for step in range(first, recipe.steps):
-                rng = np.random.default_rng((self.args.seed, step, self.rank))
-                rows = rng.integers(len(arrays["captions"]), size=recipe.batch // self.ranks)
+                rng = np.random.default_rng((self.args.seed, step))
+                rows = rng.integers(len(arrays["captions"]), size=recipe.batch)
                 yield {key: [pick(x[i], rng) for i in rows] if key == "captions" else
                        torch.from_numpy(x[rows]).to(self.device) for key, x in arrays.items()}
         return batches
@@ -743,7 +719,7 @@ def train_text(run):
 
     def loss_fn(clip, batch, step):
         images, captions = batch
-        rng = np.random.default_rng((run.args.seed, step, run.rank))
+        rng = np.random.default_rng((run.args.seed, step))
         negatives = sum((hard_negatives(caption, between, rng) for caption in captions), [])
         ids, mask = (x.to(run.device) for x in run.model.tokenizer_b(captions + negatives))
         return contrastive_loss(clip(images, ids, mask), ids), {}
@@ -752,8 +728,7 @@ def train_text(run):
     clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's starts from it
     clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn)
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
-    if run.rank == 0:
-        save_atomically(run.folder / "clip.pt", clip.state_dict())
+    save_atomically(run.folder / "clip.pt", clip.state_dict())
 
 
 def train_a(run):
@@ -800,8 +775,6 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
     if latents.isfinite().all():
         codebook[dead] = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
         idle[dead] = 0
-    if distributed.is_initialized():  # each process drew other latents
-        distributed.broadcast(codebook.data, 0)
     return len(dead)
 
 
@@ -939,7 +912,7 @@ def parse_args(argv=None):
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
         "say left or right; if not given, all data but Shapes")
     add("--steps", type=int, help="training steps of each stage named; the preset's recipe if not given")
-    add("--batch-size", type=int, help="images per step, of all processes; the preset's recipe if not given")
+    add("--batch-size", type=int, help="images per step; the preset's recipe if not given")
     add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
     add("--cache", type=int, help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
@@ -1003,27 +976,15 @@ def begin(args):
 def main(argv=None):
     args = parse_args(argv)
     saved = read_options(args.run)
-    if "LOCAL_RANK" in os.environ:  # under torchrun
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if not first:
-        sys.stdout = open(os.devnull, "w")  # only one of them speaks
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
-
     start = time.time()
-    if first:
-        if args.download:
-            download(args.data, args.data_dir)
-        if not saved:
-            begin(args)
-        options = {name: getattr(args, name) for name in SAVED}
-        if options != saved:  # writing it outdates the cache
-            (Path(args.run) / "options.json").write_text(json.dumps(options, indent=1) + "\n")
-    if distributed.is_initialized():
-        distributed.barrier()
+    if args.download:
+        download(args.data, args.data_dir)
+    if not saved:
+        begin(args)
+    options = {name: getattr(args, name) for name in SAVED}
+    if options != saved:  # `cached` compares dates with this file: write it only if it changed
+        (Path(args.run) / "options.json").write_text(json.dumps(options, indent=1) + "\n")
     run = Run(args)
     for stage in TRAIN if args.stage == "all" else [args.stage]:
         path = run.folder / f"{stage}.pt"
@@ -1034,17 +995,11 @@ def main(argv=None):
         run.pretrained = bool(args.init_from) and path.exists()
         run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(args.device)
         TRAIN[stage](run)
-        if first:
-            run.model.save_stage(run.folder, stage)
-            (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
-            shutil.rmtree(run.folder / "cache", ignore_errors=True)
-            draw_curves(run.folder)
-        if distributed.is_initialized():
-            distributed.barrier()
-    if first:
-        print(f"{run.folder}: done in {time.time() - start:.0f} s")
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        run.model.save_stage(run.folder, stage)
+        (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
+        shutil.rmtree(run.folder / "cache", ignore_errors=True)
+        draw_curves(run.folder)
+    print(f"{run.folder}: done in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

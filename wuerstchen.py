@@ -1167,8 +1167,9 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, prompts=None, seed=None, **options):
-        """What Stage A alone keeps of an image, and what the semantic latents do. images (B, H, W, 3) in [0, 1], sides multiples of
-        `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those of `from_semantic`
+        """What Stage A alone keeps of an image, and what the semantic latents do. images (B, H, W, 3) in [0, 1], sides
+        multiples of `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those of
+        `from_semantic`
         -> (by Stage A alone, stride 4 and quantized; by Stages B and A from the semantic latents), both like images"""
         size = [side // 4 for side in images.shape[1:3]]
         from_b = self.from_semantic(self.compress(images), prompts or [""] * len(images), size,

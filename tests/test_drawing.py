@@ -220,7 +220,8 @@ def test_what_is_too_long_is_said(run, capsys):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("", "nothing to draw"), ("--redraw a.png", "nothing to draw"), ("--redraw a.png cat --strength 2", "--strength is between 0 and 1"), ("--vary a.png --mix a.png b.png", "allowed"),
+    ("", "nothing to draw"), ("--redraw a.png", "nothing to draw"), ("--vary a.png --mix a.png b.png", "allowed"),
+    ("--redraw a.png cat --strength 2", "--strength is between 0 and 1"),
     ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
     ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"), ("cat --out none/a.png", "none/a.png")])

@@ -1,8 +1,7 @@
-"""The optimizers and the training loop, what a run survives, its options and its cache, several processes."""
+"""The optimizers and the training loop, what a run survives, its options and its cache."""
 import contextlib
 import copy
 import functools
-import json
 import math
 import os
 import re
@@ -17,9 +16,9 @@ import torch
 from torch import nn
 
 import train
-from conftest import HERE, metrics, run_script
+from conftest import HERE, metrics
 from small import last_words
-from test_data import MICRO, folder_of, half_bright, make_run
+from test_data import MICRO, half_bright, make_run
 from wuerstchen import PRESETS, STAGES, Wuerstchen, save_atomically
 
 FEW = ["--steps", "7", "--batch-size", "4", "--cache", "64", "--save-every", "3", "--precision", "float32"]
@@ -69,13 +68,12 @@ def small_network():
     return nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
 
 
-def fit(folder, loss_fn, *options, rank=0, **more):
+def fit(folder, loss_fn, *options, **more):
     """`train.fit` for a small network. -> its average"""
     folder.mkdir(exist_ok=True)
     run = train.Run(train.parse_args([
         "--run", str(folder), "--device", "cpu", "--image-size", "32", "--log-every", "1", "--precision", "float32",
         "--save-every", "1", *options]))
-    run.rank = rank
     return train.fit(run, "c", small_network(), small_batches, loss_fn, **more)
 
 
@@ -177,21 +175,20 @@ def test_a_step_without_a_finite_gradient_leaves_no_trace(tmp_path):
 
 
 def test_noise_of_a_run_that_goes_on(tmp_path):
-    """Each step and each process has its own; going on does not change it."""
-    def draws(folder, rank):
+    """Each step has its own; going on does not change it."""
+    def draws(folder):
         drawn = []
 
         def loss_fn(network, batch, step):
             drawn.append(torch.rand(()).item())
             return network(batch).mean(), {}
-        fit(folder, loss_fn, "--steps", "8", rank=rank)
+        fit(folder, loss_fn, "--steps", "8")
         return drawn
-    whole, other = (draws(tmp_path / f"{rank}", rank) for rank in (0, 1))
-    assert len({*whole, *other}) == 16
-    for rank in (0, 1):
-        with killed_after(4):
-            draws(tmp_path / f"killed{rank}", rank=0)  # the first process writes the checkpoint
-        assert draws(tmp_path / f"killed{rank}", rank) == (whole, other)[rank][4:]
+    whole = draws(tmp_path / "whole")
+    assert len(set(whole)) == 8
+    with killed_after(4):
+        draws(tmp_path / "killed")
+    assert draws(tmp_path / "killed") == whole[4:]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -345,9 +342,6 @@ def test_the_cache_has_mirror_images_and_all_captions(tmp_path):
             for caption, image, mirrored in zip(batch["captions"], batch["images"], batch["mirrored"].tolist())
             if (int(re.search(r"\d+", caption)[0]), mirrored, image.numpy().tobytes()) in rows}
     assert seen == {(i, first) for i, _, _ in rows for first in (True, False)}
-    run.rank, run.ranks = 1, 2
-    other = next(batches(0, recipe))
-    assert len(other["images"]) == 3 and other["captions"] != whole[0]["captions"][:3]
 
 
 @pytest.mark.parametrize("has, picked", [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")])
@@ -358,39 +352,3 @@ def test_precision_is_what_the_hardware_has(has, picked, monkeypatch):
         monkeypatch.setattr(time, clock, None)
     assert [train.pick_precision("cpu"), train.pick_precision("mps")] == [picked, "float32"]
     assert train.pick_precision("cuda") == ("bfloat16" if picked == "bfloat16" else "float16")
-
-
-SPY = """
-import os
-import sys
-import torch
-sys.path.insert(0, {here!r})
-import train
-fit, replace = train.fit, os.replace
-def keep(run, stage, network, *rest, **options):
-    average = fit(run, stage, network, *rest, **options)
-    torch.save([dict(x.named_parameters()) for x in (network, average)], f"{place}/{{stage}}{{run.rank}}")
-    return average
-def write(new, path):
-    print(os.environ["RANK"], "writes", path, file=sys.stderr)
-    replace(new, path)
-train.fit, os.replace = keep, write
-train.main()
-"""
-
-
-def test_two_processes_train_every_stage(micro, tmp_path):
-    folder_of(tmp_path / "data", 40)
-    folder = shutil.copytree(micro, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt", "*.jsonl", "sheets"))
-    options = train.read_options(micro) | dict(data="folder", data_dir=str(tmp_path / "data"))
-    (folder / "options.json").write_text(json.dumps(options))
-    (tmp_path / "spy.py").write_text(SPY.format(here=str(HERE), place=tmp_path))  # train.py, and keeps all weights
-    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", tmp_path / "spy.py",
-                      "--run", folder, "--steps", "2", "--batch-size", "8", "--log-every", "1")
-    assert done.returncode == 0, done.stderr
-    for stage in STAGES:
-        assert [row["step"] for row in metrics(folder) if row.get("stage") == stage and "loss" in row] == [1, 2]
-        assert all(map(same, *(torch.load(tmp_path / f"{stage}{rank}") for rank in (0, 1))))
-    assert done.stdout.count("done in") == 1 and sorted(re.findall(r"(\d) writes .*/(\w+)\.pt", done.stderr)) == [
-        ("0", name) for name in sorted([*STAGES, "clip"])]
-    assert Wuerstchen.load(folder).generate(["a"], steps=(1, 1)).isfinite().all()
