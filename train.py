@@ -517,6 +517,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         for name, part in checkpointed.items():
             part.load_state_dict(state[name])
         step = state["step"]
+        if step > recipe.steps:
+            raise ValueError(f"{path} is from a run of more than {recipe.steps} steps: give its --steps, or delete it")
         print(f"stage {stage}: resuming from step {step}")
     for module in network.modules():
         if args.compile and isinstance(module, (StageB, StageC)):
@@ -530,7 +532,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-        # Each step has its own noise, and a run that goes on the same as one that was never stopped.
+        # Each step of each seed has its own noise, and a run that goes on the same as one that was never stopped.
         torch.manual_seed(1 + args.seed * recipe.steps + step)
         network.zero_grad()
         with run.autocast():
@@ -692,21 +694,20 @@ def words_between(captions):
 
 
 def hard_negatives(caption, between, rng):
-    """Wrong captions that are almost right: one with a word replaced, one with two words swapped. A word comes only
-    between two words between which `words_between` found it: random swaps are mostly not English, and the text encoder
-    would learn to tell that instead of looking at the image. Captions that are reserved for testing are left out.
-    caption: str, between: from `words_between` -> 0 to 2 captions"""
+    """Captions that are almost right, and nearly always wrong: one with a word replaced, one with two words swapped. A
+    word comes only between two words between which `words_between` found it: random swaps are mostly not English, and
+    the text encoder would learn to tell that instead of looking at the image. Shapes' test captions are left out (and
+    one in sixteen of any other data). caption: str, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
-    places = range(1, len(words) - 1)
-    fits = {i: between.get((words[i - 1], words[i + 1]), set()) for i in places}
+    others = {i: between.get((words[i - 1], words[i + 1]), set()) - {words[i]} for i in range(1, len(words) - 1)}
     changes = []
-    if replaceable := [i for i in places if fits[i] - {words[i]}]:
+    if replaceable := [i for i in others if others[i]]:
         i = rng.choice(replaceable)
-        changes.append({i: rng.choice(sorted(fits[i] - {words[i]}))})
-    if swaps := [{i: words[j], j: words[i]} for i in places for j in places[i + 1:]
-                 if words[i] != words[j] and words[i] in fits[j] and words[j] in fits[i]]:
+        changes.append({i: rng.choice(sorted(others[i]))})
+    if swaps := [{i: words[j], j: words[i]} for i in others for j in others
+                 if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:  # neighbours would lose theirs
         changes.append(rng.choice(swaps))
-    wrong = (" ".join(change.get(i, words[i]) for i in places) for change in changes)
+    wrong = (" ".join(change.get(i, words[i]) for i in others) for change in changes)
     return [other for other in wrong if not reserved(other)]
 
 
@@ -720,12 +721,12 @@ def train_text(run):
     def loss_fn(clip, batch, step):
         images, captions = batch
         rng = np.random.default_rng((run.args.seed, step))
-        negatives = sum((hard_negatives(caption, between, rng) for caption in captions), [])
+        negatives = [wrong for caption in captions for wrong in hard_negatives(caption, between, rng)]
         ids, mask = (x.to(run.device) for x in run.model.tokenizer_b(captions + negatives))
         return contrastive_loss(clip(images, ids, mask), ids), {}
 
     clip = CLIP(run.model.config)
-    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's starts from it
+    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's compressor starts from it
     clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn)
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
     save_atomically(run.folder / "clip.pt", clip.state_dict())
@@ -896,8 +897,7 @@ def pick_precision(device):
 def parse_args(argv=None):
     """The options that a command gives; then those of the run; then those that suit the data set and the machine."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
-                                     "keeps its preset, data, image size, seed, flip, precision, cache and "
-                                     "freeze-text; give the other options again.")
+                                     "keeps " + ", ".join(SAVED) + "; give other options again.")
     add = parser.add_argument
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")

@@ -218,6 +218,8 @@ def test_the_same_command_goes_on_after_ctrl_c(micro, tmp_path):
     stopped = metrics(folder)[-1]["step"]
     assert process.returncode == 1 and 3 < stopped < 60 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("stopped; the same command goes on")
+    with pytest.raises(ValueError, match="more than 1 steps"):
+        train.main([*command, "--steps", "1"])
     train.main(command)
     steps = [row["step"] for row in metrics(folder)]
     assert steps[:stopped] == list(range(1, stopped + 1)) and steps[stopped:] in (
