@@ -942,6 +942,8 @@ def parse_args(argv=None):
     for name in FIXED if saved else ():
         if getattr(args, name) != saved[name]:
             parser.error(f"{args.run} was begun with {name} {saved[name]}; take another --run")
+    if args.data_dir and args.data == "shapes":
+        parser.error(f"--data-dir needs --data {', '.join((*CIFAR, 'coco', 'folder'))}")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
     if args.download and not (args.data in CIFAR and args.data_dir):

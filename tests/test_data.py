@@ -264,7 +264,8 @@ def test_batches_go_on_where_they_broke_off(tmp_path, kind, workers):
     (tmp_path / "data/b/c/i005.png").write_bytes(b"bad")
 
     def batches(first):
-        run = make_run(tmp_path, "--data", kind, "--data-dir", tmp_path / "data", "--flip", "--workers", workers)
+        place = ["--data-dir", tmp_path / "data"] if kind == "folder" else []
+        run = make_run(tmp_path, "--data", kind, *place, "--flip", "--workers", workers)
         return list(run.batches(first, train.Recipe(10, 8, 0)))
     before = torch.get_rng_state()
     whole, late = batches(0), batches(7)

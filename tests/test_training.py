@@ -294,6 +294,7 @@ def test_errors_are_one_line(micro, tmp_path):
         assert f"was begun with {name.replace('-', '_')} " in last_words("train.py", "--run", micro, f"--{name}", value)
     for message, *options in (("multiple of 32", "--image-size", "40"), ("needs --data-dir", "--data", "coco"),
                               ("needs the stage to train", "--init-from", micro), ("--data-dir", "--download"),
+                              ("--data-dir needs --data", "--data-dir", tmp_path),
                               ("no images", "--data", "folder", "--data-dir", tmp_path)):
         assert message in last_words("train.py", "--run", new, *options) and not new.exists()
 
