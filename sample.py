@@ -42,7 +42,8 @@ def load_image(file, size):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"can't read {'an array' if isinstance(file, np.ndarray) else file}: {error}") from error
@@ -141,17 +142,15 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), guidance=(None, None), seed=None,
            sampler="ddpm"):
     """Draws prompts over images: Stage C starts from their semantic latents, noised to time `strength` (SDEdit, Meng et
-    al., 2022). 0 rebuilds the image (`reconstruct`), 1 ignores it (`generate`)."""
-    if strength == 0:
-        return model.reconstruct(images, prompts, seed, negative=negative, steps=steps[1], guidance=guidance[1],
-                                 sampler=sampler)[1]
+    al., 2022). At 0, Stage B alone draws, as in `reconstruct`; at 1 the image is ignored, as in `generate`."""
     generator, semantic = generators(seed, len(images)), model.compress(images)
-    times = timesteps(steps[0], model.device)
-    times = torch.cat([times.new_tensor([strength]), times[times < strength]])
-    x = normal_noise(semantic.shape, generator, model.device)
-    if strength < 1:
-        x = add_noise(model.c.normalise(semantic), x, times[:1])
-    semantic = model.sample_c(x, times, prompts, negative, guidance[0], generator=generator, sampler=sampler)
+    if strength > 0:
+        times = timesteps(steps[0], model.device)
+        times = torch.cat([times.new_tensor([strength]), times[times < strength]])
+        x = normal_noise(semantic.shape, generator, model.device)
+        if strength < 1:
+            x = add_noise(model.c.normalise(semantic), x, times[:1])
+        semantic = model.sample_c(x, times, prompts, negative, guidance[0], generator=generator, sampler=sampler)
     return model.from_semantic(semantic, prompts, latent_size_of(images), negative, steps[1], guidance[1], generator,
                                sampler=sampler)
 
@@ -299,10 +298,8 @@ def draw(model, args):
 
     def draw_batch(prompts, seeds):
         batch = images.expand(len(prompts), -1, -1, -1) if paths else None
-        if args.vary:
-            return model.reconstruct(batch, prompts, seeds, **b_options)[1]
-        if args.redraw:
-            return redraw(model, batch, prompts, args.strength, seed=seeds, **options)
+        if args.vary or args.redraw:
+            return redraw(model, batch, prompts, 0 if args.vary else args.strength, seed=seeds, **options)
         if args.fill:
             return fill(model, batch, mask.expand(len(prompts), -1, -1), prompts, seed=seeds, **options)
         bar.total += sum(len(timesteps(steps, "cpu")) - 1 for steps in options["steps"])

@@ -741,6 +741,7 @@ def train_a(run):
     crops = max(1, size // (2 * side)) ** 2
     depth = min(cfg.disc_depth, side.bit_length() - 2)  # leaves at least 2x2 patches, which InstanceNorm needs
     network = nn.ModuleDict(dict(a=run.model.a, discriminator=Discriminator(depth, cfg.disc_width)))
+    # A buffer, so that it is in the checkpoint.
     network.register_buffer("idle", torch.full((cfg.codebook_size,), 0.0 if run.pretrained else math.inf))
 
     def loss_fn(network, batch, step):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import make_chart, make_sheet, pick_device  # noqa: E402
+from sample import make_chart, make_sheet, pick_device, redraw  # noqa: E402
 from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, examples, open_data, parse,  # noqa: E402
                    read_options)
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
@@ -278,7 +278,8 @@ def score(model, args):
             rows[name] = judge(draw(model, captions, args), captions, real)
 
     def by_b(images, seeds, captions):
-        return model.reconstruct(images, captions, list(seeds), steps=args.steps_b, guidance=args.cfg_b)[1]
+        return redraw(model, images, captions, strength=0, steps=(None, args.steps_b), guidance=(None, args.cfg_b),
+                      seed=list(seeds))
 
     (images, captions), (real, _) = judge.examples("test"), judge.examples("test", batch=1)
     seeds = range(args.seed, args.seed + judge.count)
