@@ -16,7 +16,10 @@ alone (but for rounding).
 """
 
 import argparse
+import functools
+import io
 import math
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -27,15 +30,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from tokenizer import UserError
 from wuerstchen import Wuerstchen, add_noise, generators, normal_noise, timesteps
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images in and out. train.py uses these too.
 
 
-def load_image(file, size):
+def load_image(file, size, background="white"):
     """An image file's path, or its pixels as a uint8 array -> PIL image in RGB of size (height, width): upright,
-    transparency on white, scaled and cut to the middle. OSError if it can't be read."""
+    transparency on the background, scaled and cut to the middle. OSError if it can't be read."""
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else Image.open(file)
         image.draft("RGB", (2 * size[1], 2 * size[0]))  # a large JPEG need not be decoded in full
@@ -43,10 +47,18 @@ def load_image(file, size):
         if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"can't read {'an array' if isinstance(file, np.ndarray) else file}: {error}") from error
+
+
+def load_mask(image, mask, size):
+    """The mask of an image, two files -> (H, W) bool, True where it is white; transparency counts as black"""
+    (w, h), (mask_w, mask_h) = (ImageOps.exif_transpose(Image.open(file)).size for file in (image, mask))
+    if abs(w * mask_h - h * mask_w) > max(w, h):
+        raise UserError(f"{mask} has another shape than {image}: {mask_w}x{mask_h} and {w}x{h} pixels")
+    return to_tensor(load_image(mask, size, "black")).mean(dim=-1) > 0.5
 
 
 def to_tensor(image):
@@ -111,11 +123,20 @@ def make_chart(curves, x_label, y_label, log=False):
     return chart
 
 
-def pick_device(name):
-    """"auto" is the best that the machine has."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name=None):
+    """One of DEVICES; "auto" and None: the best that there is. UserError if it is not there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if not there.get(name, True):
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds none here")
+    return name if name in there else max(there, key=there.get)
+
+
+def print_machine(device, precision):
+    name = f"{device} ({torch.cuda.get_device_name()})" if device == "cuda" else device
+    print(f"PyTorch {torch.__version__} on {name}, {precision}, {torch.get_num_threads()} CPU threads")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,42 +228,80 @@ def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance
 # The command line.
 
 
+EXAMPLE = Path(__file__).parent / "tests/shapes"  # a trained run
+
+
+def number(kind, low, high):
+    """For argparse: an int or a float from low to high, both included."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
+
+
+def image_file(path, **options):
+    """For argparse: the path of an image that Pillow can write, with these options of its."""
+    try:
+        kind = Image.registered_extensions()[Path(path).suffix.lower()]
+        Image.new("RGB", (64, 64)).save(io.BytesIO(), kind, **options)
+    except Exception as error:  # of many kinds
+        raise argparse.ArgumentTypeError(f"Pillow can't write such a file: {path}") from error
+    if not os.access(Path(path).parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"can't write into {Path(path).parent}")
+    return path
+
+
+def run_script(main, stopped):
+    """Runs a script. What a user can mend ends in one line, our own mistakes in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for what the terminal can't print
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\n" + stopped)
+    except Exception as error:
+        if isinstance(error, (UserError, OSError, MemoryError)) or "allocate" in str(error):  # PyTorch's: out of memory
+            sys.exit("error: " + [type(error).__name__, *str(error).splitlines()][-1])
+        raise
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw images from captions with a trained Würstchen.")
     add = parser.add_argument
     add("prompts", help="what to draw; several make a grid", nargs="*", metavar="PROMPT")
-    add("--run", help="folder of the run; if not given, runs/tiny once it is trained, until then the one that comes "
-        "with the code")
+    add("--run", help="folder of the run (default: the one that comes with the code)", default=EXAMPLE)
     add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
-    add("--out", help="image file to write (default: %(default)s)", default="out.png")
-    add("--count", help="images per prompt (1; with --vary 4), or frames of --mix (7)", type=int)
-    add("--seed", help="of the first image; the second has the next, and so on (default: 0)", type=int, default=0)
+    add("--out", help="image file to write (default: %(default)s)", type=image_file, default="out.png")
+    add("--count", help="images per prompt (1; with --vary 4), or frames of --mix (7)", type=number(int, 1, 10_000))
+    add("--seed", help="of the first image; the second has the next, and so on (default: 0)", default=0,
+        type=number(int, 0, 2**63 - 1))
     add("--negative", help="negative prompt", default="")
-    add("--height", help="in pixels; as trained if not given", type=int)
-    add("--width", help="in pixels; as trained if not given", type=int)
-    add("--steps-c", help="diffusion steps of Stage C (default: %(default)s)", type=int, default=60)
+    add("--height", help="in pixels; as trained if not given", type=number(int, 1, 8192))
+    add("--width", help="in pixels; as trained if not given", type=number(int, 1, 8192))
+    add("--steps-c", help="diffusion steps of Stage C (default: %(default)s)", type=number(int, 1, 10_000), default=60)
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="diffusion steps of Stage B (default: %(default)s)", type=int, default=12)
-    add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given", type=float)
-    add("--cfg-b", help="the same of Stage B", type=float)
+    add("--steps-b", help="diffusion steps of Stage B (default: %(default)s)", type=number(int, 1, 10_000), default=12)
+    add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given",
+        type=number(float, 0, 100))
+    add("--cfg-b", help="the same of Stage B", type=number(float, 0, 100))
     add("--sampler", help="ddim adds no noise on the way (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
-    add("--device", help="default: the best that there is", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it (default: 0.6)", type=float,
-        default=0.6)
+    add("--device", help="default: auto, the best that there is", choices=DEVICES)
+    add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it (default: 0.6)", default=0.6,
+        type=number(float, 0, 1))
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF")
+    add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF",
+        type=functools.partial(image_file, save_all=True))
     add("--reconstruct", help="images to compress and rebuild", nargs="+", metavar="IMAGE")
     add("--vary", help="draw an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
     add("--redraw", help="draw the prompts, starting from this image and noise", nargs=1, metavar="IMAGE")
     add("--fill", help="draw the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
     args = parser.parse_args(argv)
-    args.run = args.run or ("runs/tiny" if Path("runs/tiny/c.pt").exists() else Path(__file__).parent / "tests/shapes")
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
         parser.error("nothing to draw: give a PROMPT")
-    if not 0 <= args.strength <= 1:
-        parser.error("--strength is between 0 and 1")
     args.count = args.count or (7 if args.mix else 4 if args.vary else 1)
     return args
 
@@ -256,7 +315,8 @@ def main(argv=None):
     else:
         without_c = args.reconstruct or args.vary or args.mix
         model = Wuerstchen.load(args.run, ("text", "a", "b") if without_c else ("text", "a", "b", "c")).to(device)
-        print(f"drawing with {args.run}")
+        print(f"drawing with {args.run}" + ", which comes with the code" * (args.run == EXAMPLE))
+    print_machine(device, str(dtype).removeprefix("torch."))
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         sheet = draw(model, args)
     sheet.save(args.out)
@@ -265,9 +325,11 @@ def main(argv=None):
 
 def draw(model, args):
     """What the command asks for -> PIL image"""
-    for prompt in args.prompts:
+    for prompt in (*args.prompts, args.negative):
         if rest := model.tokenizer.overflow(prompt):
             print(f'longer than the {model.tokenizer.length} tokens that the text encoder reads; left out: "{rest}"')
+        if words := model.tokenizer.unseen(prompt):
+            print("never seen in training:", ", ".join(dict.fromkeys(words)))
     size = [args.height or model.config.image_size, args.width or model.config.image_size]
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.count)]
     if args.reconstruct:
@@ -278,7 +340,7 @@ def draw(model, args):
     b_options = options | dict(steps=args.steps_b, guidance=args.cfg_b)
     paths = args.reconstruct or args.mix or args.vary or args.redraw or (args.fill or [])[:1]
     images = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
-    mask = to_tensor(load_image(args.fill[1], size)).mean(dim=-1).to(model.device) > 0.5 if args.fill else None
+    mask = load_mask(*args.fill, size).to(model.device) if args.fill else None
     if args.reconstruct:
         return make_sheet([images, *model.reconstruct(images, prompts, seeds, **b_options)],
                           [Path(path).name for path in paths])
@@ -321,7 +383,4 @@ def to_sheet(images, args):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, "stopped")

@@ -23,7 +23,11 @@ Read it from top to bottom: data, losses, the training loop, the stages, the com
 """
 
 import argparse
+import collections
 import copy
+import csv
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -33,7 +37,7 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +49,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sample import load_image, make_chart, make_sheet, pick_device
-from tokenizer import Tokenizer, read_json
+from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
+from tokenizer import Tokenizer, UserError, read_json, read_text
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
                         diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
 
@@ -102,22 +106,6 @@ class Scene:
         return text + (f" on a {self.background} background" if self.background else "")
 
 
-THING = rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(OUTLINES)})"
-GRAMMAR = re.compile(rf"{THING}(?: ({'|'.join(RELATIONS)}) {THING})?(?: on a ({'|'.join(BACKGROUNDS)}) background)?")
-
-
-def parse(caption):
-    """The Scene that a caption describes. ValueError for a caption outside the grammar."""
-    found = GRAMMAR.fullmatch(caption)
-    if not found:
-        raise ValueError(f"not a Shapes caption: {caption!r}")
-    *first, relation, size, colour, shape, background = found.groups()
-    scene = Scene([tuple(first)] + ([(size, colour, shape)] if relation else []), relation, background)
-    if scene.caption() != caption or relation and first[1:] == [colour, shape]:  # "a orange circle"; twice the same
-        raise ValueError(f"not a Shapes caption: {caption!r}")
-    return scene
-
-
 def random_scene(rng):
     """40 % one object, 60 % two; size and background are named in some captions only."""
     def one_of(names):
@@ -138,7 +126,7 @@ def random_scene(rng):
 
 def reserved(name):
     """Whether a caption or a file is kept for testing: one in sixteen, by a hash of its name."""
-    return zlib.crc32(name.encode()) % 16 == 0
+    return zlib.crc32(name.encode(errors="surrogatepass")) % 16 == 0
 
 
 def split_of(scene):
@@ -156,11 +144,9 @@ def place(scene, rng):
     return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
 
 
-def draw(caption, rng, size=128):
-    """An image of the caption: uint8 array (size, size, 3). Sizes that it leaves open, exact places and tints are
-    random; without a background, it is white."""
-    scene = parse(caption)
-
+def draw(scene, rng, size=128):
+    """An image of the scene: uint8 array (size, size, 3). Sizes that it leaves open, exact places and tints are random;
+    without a background, it is white."""
     def tinted(rgb, most):
         return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-most, most + 1, size=3)), 0, 255))
 
@@ -185,108 +171,195 @@ class Shapes(Dataset):
         self.size, self.seed, self.split = size, seed, split
 
     def start(self, index):
-        """-> the caption of an image, and the random numbers left to draw it with"""
+        """-> the scene of an image, and the random numbers left to draw it with"""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         while split_of(scene := random_scene(rng)) != self.split:
             pass
-        return scene.caption(), rng
+        return scene, rng
 
     def caption(self, index):
-        return self.start(index)[0]
+        return self.start(index)[0].caption()
 
     def captions(self):
         """Captions to train a tokenizer on."""
         return map(self.caption, range(20_000))
 
     def __getitem__(self, index):
-        caption, rng = self.start(index)
-        return draw(caption, rng, self.size), caption
+        scene, rng = self.start(index)
+        return draw(scene, rng, self.size), scene.caption()
 
 
-# Data sets on disk: lists of (image, captions), which `Images` makes endless.
+# Data sets on disk: {split: [(image, captions)]}, which `Images` makes endless. What can't be used is collected in
+# `left_out`, {reason: [names]}, and printed.
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels (we use the last), names of the labels
+CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels (we use the last), names of the labels,
+    # records in each file
     "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz",
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", 1, "batches.meta.txt"),
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", 1, "batches.meta.txt",
+                {"test_batch.bin": 10_000} | {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}),
     "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz",
-                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec", 2, "fine_label_names.txt"),
+                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec", 2, "fine_label_names.txt",
+                 {"test.bin": 10_000, "train.bin": 50_000}),
 }
 
 
 def download(data, data_dir):
-    """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it."""
-    folder, archive, sha256, *_ = CIFAR[data]
-    if not (Path(data_dir) / folder).exists():
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(CIFAR_URL + archive, Path(data_dir) / archive, hash_prefix=sha256)
-        shutil.unpack_archive(Path(data_dir) / archive, data_dir, filter="data")
+    """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it, unless it lies there whole."""
+    folder, archive, sha256, skip, _, files = CIFAR[data]
+    target, paths = data_dir / archive, {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
+    if all(path.exists() and path.stat().st_size == size for path, size in paths.items()):
+        return
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or hashlib.sha256(target.read_bytes()).hexdigest() != sha256:
+        try:
+            torch.hub.download_url_to_file(CIFAR_URL + archive, target, hash_prefix=sha256)
+        except Exception as error:  # of many kinds: no network, another hash
+            raise OSError(f"can't fetch {CIFAR_URL + archive}: {error}") from error
+    shutil.unpack_archive(target, data_dir)
 
 
-def list_cifar(data_dir, split, data):
-    """CIFAR-10 or CIFAR-100, binary version: data_dir holds cifar-10-batches-bin/ or cifar-100-binary/. A record is its
-    labels, then 32x32 red, green and blue values. -> [(array (32, 32, 3), captions)]"""
-    folder, _, _, skip, names = CIFAR[data]
-    files = sorted(f for f in (Path(data_dir) / folder).glob("*.bin") if ("test" in f.name) == (split == "test"))
-    if not files:
-        raise FileNotFoundError(f"no {data} in {data_dir}: --download fetches it")
-    captions = []
-    for name in (Path(data_dir) / folder / names).read_text().replace("_", " ").splitlines():
+def list_cifar(data, data_dir, left_out):
+    """CIFAR-10 or CIFAR-100, binary version, or some of its files: data_dir holds cifar-10-batches-bin/ or
+    cifar-100-binary/. A record is its labels, then 32x32 red, green and blue values.
+    -> {split: [(array (32, 32, 3), captions)]}"""
+    folder, _, _, skip, names, files = CIFAR[data]
+    place, items, captions = data_dir / folder, dict(train=[], test=[]), []
+    if not place.is_dir():
+        python = [path.name for path in data_dir.glob("cifar-*py*") if path.is_dir()]
+        raise UserError(f"no {place}{', only the Python version, ' + python[0] if python else ''}: --download fetches it")
+    for name in read_text(place / names).replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
         captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
-    records = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, skip + 3072) for file in files])
-    return [(record[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[record[skip - 1]]) for record in records]
+    for name, n in files.items():
+        data = np.fromfile(place / name, np.uint8) if (place / name).exists() else np.zeros(0, np.uint8)
+        if len(data) % (skip + 3072) or (data[skip - 1::skip + 3072] >= len(captions)).any():
+            raise UserError(f"{place / name} is cut short or damaged: --download fetches it again")
+        records = data.reshape(-1, skip + 3072)
+        items["test" if "test" in name else "train"] += [
+            (record[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[record[skip - 1]]) for record in records]
+        if len(records) < n:
+            left_out["missing or incomplete"].append(name)
+    return items
 
 
-def in_split(names, split):
-    """For data without own splits: the first image and one in sixteen, by a hash of its name, are for testing."""
-    names = sorted(names)
-    return [name for name in names if (name == names[0] or reserved(name)) == (split == "test")]
+def tidy(texts):
+    """A text or a list of texts -> captions: each on one line; what is empty or no text is dropped"""
+    texts = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
+    lines = (" ".join(text.replace("\ufeff", " ").split()) for text in texts)  # U+FEFF: a byte order mark inside
+    return [line.encode(errors="replace").decode() for line in lines if line]  # half of a surrogate pair becomes "?"
 
 
-def list_coco(data_dir, split):
-    """MS COCO: annotations/captions_*.json and the folders of images, train2017/ and so on, or a part of them. If
-    both are there, captions_train*.json are for training and captions_val*.json for testing. -> [(path, captions)]"""
-    files = sorted(Path(data_dir).glob("annotations/captions_*.json"))
-    own = {"test": [file for file in files if "val" in file.name], "train": [f for f in files if "val" not in f.name]}
-    captions = {}
-    for file in own[split] if all(own.values()) else files:
-        folder, listed = file.stem.removeprefix("captions_"), read_json(file)
-        there = set(os.listdir(Path(data_dir) / folder)) if (Path(data_dir) / folder).is_dir() else ()
-        names = {image["id"]: f"{folder}/{image['file_name']}" for image in listed["images"]
-                 if image["file_name"] in there}
-        for note in listed["annotations"]:
-            if note["image_id"] in names and note["caption"].strip():
-                captions.setdefault(names[note["image_id"]], []).append(" ".join(note["caption"].split()))
+def parse_json(text):
+    """What a JSON text holds; None if it is no JSON, as after a write that failed"""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def get(row, key, kind=object):
+    """row[key], if row is a dictionary and that is of this kind; else an empty object of the kind"""
+    value = row.get(key) if isinstance(row, dict) else None
+    return value if isinstance(value, kind) else kind()
+
+
+def read_table(file, left_out):
+    """metadata.csv, metadata.jsonl or COCO's JSON -> {file name of an image: captions}"""
+    text, captions = read_text(file), {}
+    if file.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a quotation mark may be missing
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    elif file.suffix == ".jsonl":
+        rows = map(parse_json, filter(str.strip, text.split("\n")))
+    else:
+        coco = parse_json(text)
+        names = {str(get(row, "id")): get(row, "file_name") for row in get(coco, "images", list)}
+        rows = ({"file_name": names.get(str(get(row, "image_id"))), "text": get(row, "caption")}
+                for row in get(coco, "annotations", list))
+    for row in rows:
+        name, lines = get(row, "file_name", str), tidy(get(row, "text") or get(row, "caption"))
+        if name and lines:
+            captions.setdefault(name.replace("\\", "/"), []).extend(lines)
+        else:
+            left_out["odd row, left out"].append(file)
     if not captions:
-        raise FileNotFoundError(f"no annotations/captions_*.json in {data_dir} whose images are there")
-    names = sorted(captions) if all(own.values()) else in_split(captions, split)
-    return [(str(Path(data_dir) / name), captions[name]) for name in names]
+        left_out["has no captions"].append(file)
+    return captions
 
 
-def list_folder(data_dir, split):
-    """Images in a folder and its sub-folders, each with its captions, one per line, in a .txt file of the same name.
-    -> [(path, captions)]"""
-    names = [str(path.relative_to(data_dir)) for path in Path(data_dir).rglob("*") if path.suffix.lower() in SUFFIXES]
-    if not names:
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {data_dir}")
-    found = []
-    for path in (Path(data_dir) / name for name in in_split(names, split)):
-        text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
-        found.append((str(path), [line.strip() for line in lines if line.strip()]))
+def find_files(folder, left_out):
+    """All files in a folder and its sub-folders, linked ones too; without hidden ones, what file managers leave, and
+    training runs. -> [path]"""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True,
+                                         onerror=lambda error: left_out["unreadable folder"].append(error.filename)):
+        if os.path.realpath(place) in seen or {"config.json", "options.json"} <= {*names}:
+            folders[:] = names[:] = ()  # a loop of links, or a run
+        seen.add(os.path.realpath(place))
+        for some in (folders, names):
+            some[:] = [n for n in some if n[0] != "." and n not in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")]
+        found += [Path(place, name) for name in names]
     return found
 
 
+def readable(path, size=None):
+    """Whether Pillow can open an image; if a size is given, whether it can load it too."""
+    try:
+        with Image.open(path):
+            return size is None or load_image(path, size) is not None
+    except Exception:  # Pillow raises many kinds
+        return False
+
+
+def list_images(folder, coco, left_out):
+    """The images in a folder that have captions: in a .txt file of the same name, one per line; in metadata.csv or
+    metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
+    image has any of these, the sub-folder's name. For testing: the images of captions_val*.json, if others are there
+    too; else the first image and one in sixteen, by a hash of its name.
+    -> {split: [(path, captions)]}, and how many were found, in words"""
+    files = find_files(folder, left_out)
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    tables = [file for file in files
+              if (file.suffix == ".json" if coco else file.name in ("metadata.csv", "metadata.jsonl"))]
+    others = {*files} - {*tables, *texts.values()}
+    images = {file for file in tqdm(others, "images", delay=5) if file.is_file() and readable(file)}
+    left_out["not an image"] += sorted(others - images)
+    beside = {path: tidy(read_text(texts[path.with_suffix("")]).splitlines())
+              for path in images if path.with_suffix("") in texts}
+    listed, testing = {}, set()
+    for table in [table for table in tables if "captions" in table.name] or tables:
+        subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
+        places = (folder / subset, table.parent, folder / "images" / subset, folder / "images", folder)
+        for name, lines in read_table(table, left_out).items():
+            paths = (Path(os.path.normpath(place / name)) for place in places)
+            if path := next((path for path in paths if path in images), None):
+                listed.setdefault(path, []).extend(lines)
+                testing |= {path} if coco and "val" in subset else set()
+            else:
+                left_out["has a caption, but is not there"].append(name)
+    captioned = {path.parent for some in (beside, listed) for path, lines in some.items() if lines}
+    named = {path: tidy(path.parent.name.replace("_", " ")) for path in images
+             if not coco and path.parent not in {folder, *captioned}}
+    captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
+    left_out["no caption, left out"] += sorted(images - captions.keys())
+    names = {path.relative_to(folder).as_posix(): path for path in captions}
+    if not 0 < len(testing) < len(names):
+        first = next((name for name in sorted(names) if readable(names[name], (32, 32))), None)
+        testing = {path for name, path in names.items() if name == first or reserved(name)}
+    items = {split: [(str(path), captions[path]) for _, path in sorted(names.items())
+                     if (path in testing) == (split == "test")] for split in ("train", "test")}
+    by_folder = f", {len(named)} of them the name of a folder" if named else ""
+    return items, f"{len(images)} images, {len(names)} with captions{by_folder}; "
+
+
 class Images(Dataset):
-    """Endless data set over a list of images, reshuffled every epoch; images that can't be read or have no caption are
-    skipped and named. items: [(path or array, captions)]"""
+    """Endless data set over a list of images, reshuffled every epoch. An image that can't be read is named once, and
+    the next takes its place. items: [(path or array, captions)]"""
 
     def __init__(self, items, size, seed=0):
-        if not items:
-            raise ValueError("a data set needs at least two images: one to train on and one for testing")
         self.items, self.size, self.seed = items, size, seed
         self.epoch, self.order, self.unreadable = None, None, set()
 
@@ -295,35 +368,41 @@ class Images(Dataset):
         return itertools.chain.from_iterable(captions for _, captions in self.items)
 
     def __getitem__(self, index):
-        for index in itertools.count(index):  # until an image can be read
+        while len(self.unreadable) < len(self.items):
             epoch, i = divmod(index, len(self.items))
             if epoch != self.epoch:
                 self.epoch = epoch
                 self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
-            i = self.order[i]
-            file, captions = self.items[i]
-            if i in self.unreadable:
-                continue
-            try:
-                if not captions:
-                    raise ValueError(f"{file} has no caption")
-                return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
-            except (OSError, ValueError) as error:
-                self.unreadable.add(i)
-                print(f"skipped an image: {error}", file=sys.stderr)
-                if len(self.unreadable) > len(self.items) / 2:
-                    raise ValueError(f"more than half of the images are of no use; for one, {error}") from None
+            file, captions = self.items[i := self.order[i]]
+            if i not in self.unreadable:
+                try:
+                    return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
+                except OSError as error:
+                    self.unreadable.add(i)
+                    print(f"skipped an image: {error}", file=sys.stderr)
+            index += 1
+        raise UserError(f"none of {len(self.items)} images can be read: {self.items[0][0]}, for one")
 
 
-def open_data(args, split="train"):
-    """The data set that the options name. FileNotFoundError or ValueError says what is wrong with it."""
+def open_data(args):
+    """The data set that the options name. -> {split: data set}; prints what was found and what was left out"""
     if args.data == "shapes":
-        return Shapes(args.image_size, args.seed, split)
-    if args.data_dir is None:
-        raise ValueError(f"--data {args.data} needs --data-dir")
-    items = (list_cifar(args.data_dir, split, args.data) if args.data in CIFAR
-             else (list_coco if args.data == "coco" else list_folder)(args.data_dir, split))
-    return Images(items, args.image_size, args.seed)
+        return {split: Shapes(args.image_size, args.seed, split) for split in SPLITS}
+    folder, left_out, found = Path(os.path.normpath(args.data_dir)), collections.defaultdict(list), ""
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder} is not a folder")
+    if args.data in CIFAR:
+        items = list_cifar(args.data, folder, left_out)
+    else:
+        items, found = list_images(folder, args.data == "coco", left_out)
+    found += f"{len(items['train'])} to train on, {len(items['test'])} for testing"
+    for reason, names in left_out.items():
+        some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
+        found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
+    if not all(items.values()):
+        raise UserError(f"{folder}: too few images: {found}")
+    print(f"{folder}: {found}")
+    return {split: Images(items[split], args.image_size, args.seed) for split in items}
 
 
 def examples(data, count, start=0):
@@ -508,18 +587,20 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
     optimizers = make_optimizers(network, lr_scale,
-                                 torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.precision == "float16")
+                                 torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "float16")
     checkpointed = dict(network=network, average=average, scaler=scaler, **dict(zip(("adamw", "muon"), optimizers)))
     step, bad, warm_up = 0, 0, min(10_000, recipe.steps // 20 + 1)
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         for name, part in checkpointed.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler's is empty unless the precision was float16
+                part.load_state_dict(state[name])
         step = state["step"]
         if step > recipe.steps:
-            raise ValueError(f"{path} is from a run of more than {recipe.steps} steps: give its --steps, or delete it")
-        print(f"stage {stage}: resuming from step {step}")
+            raise UserError(f"{path} is from step {step}: give more --steps, or delete it")
+        begun = Recipe(**state.get("recipe", asdict(recipe)))
+        print(f"stage {stage}: resuming from step {step}" + f", begun with {begun}, now {recipe}" * (begun != recipe))
     for module in network.modules():
         if args.compile and isinstance(module, (StageB, StageC)):
             module.compile()
@@ -552,7 +633,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             bad += 1
             print(f"stage {stage}: skipped step {step + 1}, its gradient is NaN or inf", file=sys.stderr)
             if bad == 10:
-                raise ValueError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
+                raise UserError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
         scaler.update()
         step += 1
         done = step == recipe.steps
@@ -565,7 +646,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
             sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
         if step % args.save_every == 0:
-            save_atomically(path, dict(step=step, **{name: part.state_dict() for name, part in checkpointed.items()}))
+            save_atomically(path, dict(step=step, recipe=asdict(recipe),
+                                       **{name: part.state_dict() for name, part in checkpointed.items()}))
     return average.module
 
 
@@ -576,19 +658,23 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
 class Run:
     """What every stage needs: the options, the data, the networks so far, the log."""
 
-    def __init__(self, args):
-        self.args, self.device, self.folder = args, torch.device(args.device), Path(args.run)
-        self.train_data, self.test_data = open_data(args, "train"), open_data(args, "test")
+    def __init__(self, args, data):
+        self.args, self.device, self.folder = args, torch.device(pick_device(args.device)), Path(args.run)
+        self.precision = args.precision or pick_precision(self.device.type)
+        self.train_data, self.test_data = data["train"], data["test"]
         (self.folder / "sheets").mkdir(exist_ok=True)
         self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
 
     def recipe(self, stage):
-        recipe, args = RECIPES[self.args.preset][stage], self.args
-        return Recipe(args.steps or recipe.steps, args.batch_size or recipe.batch, args.lr or recipe.lr)
+        """What the command gives; the rest as the stage was begun, if it is unfinished, else the preset's."""
+        path, begun = self.folder / f"{stage}.ckpt", RECIPES[self.args.preset][stage]
+        if path.exists():  # memory-mapped: reads no weights
+            begun = Recipe(**torch.load(path, weights_only=True, mmap=True).get("recipe", asdict(begun)))
+        given = dict(steps=self.args.steps, batch=self.args.batch_size, lr=self.args.lr)
+        return replace(begun, **{name: value for name, value in given.items() if value is not None})
 
     def autocast(self):
-        return torch.autocast(self.device.type, getattr(torch, self.args.precision),
-                              enabled=self.args.precision != "float32")
+        return torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32")
 
     def log(self, **numbers):
         """Adds a line to metrics.jsonl."""
@@ -630,7 +716,7 @@ class Run:
         complete = folder / "captions.json"  # written last
         newest = max((self.folder / file).stat().st_mtime for file in (made_from, "options.json"))
         if not complete.exists() or complete.stat().st_mtime < newest:
-            arrays, texts = {}, []
+            files, texts = {}, []
             folder.mkdir(parents=True, exist_ok=True)
             # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
             steps = math.ceil((self.args.cache or len(self.train_data.items)) / 16)
@@ -641,11 +727,17 @@ class Run:
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
                 for key, x in found.items():
                     if not texts:  # the first batch
-                        arrays[key] = np.lib.format.open_memmap(folder / f"{key}.npy", "w+", x.dtype,
-                                                                (len(x) * steps, *x.shape[1:]))
-                    arrays[key][len(texts):len(texts) + len(x)] = x
+                        files[key] = open(folder / f"{key}.npy", "wb")
+                        np.lib.format.write_array_header_1_0(files[key], dict(
+                            descr=x.dtype.str, fortran_order=False, shape=(steps * len(x), *x.shape[1:])))
+                        if steps * x.nbytes > (free := shutil.disk_usage(folder).free):
+                            raise UserError(f"{steps * x.nbytes / 1e9:.1f} GB of {key} don't fit into {folder}, where "
+                                            f"{free / 1e9:.1f} GB are free: give a smaller --cache")
+                    files[key].write(x.tobytes())
                 texts += own
-            complete.write_text(json.dumps(texts))
+            for file in files.values():
+                file.close()
+            save_atomically(complete, json.dumps(texts))
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         return arrays | {"captions": read_json(complete)}
 
@@ -671,14 +763,11 @@ def mirror(image, text):
     return image if re.search(r"\b(left|right)\b", text.lower()) else image.flip(1)
 
 
-def train_tokenizer(args, config):
+def train_tokenizer(captions, config):
     """Byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice. It reads as
     many tokens as the longest of these captions has, at most the preset's `length`."""
-    captions = list(open_data(args).captions())
-    merges = config.text_c.vocab_size - 514  # beside bytes, bytes that end a word, start and end token
-    tokenizer = Tokenizer.train(captions, merges)
+    tokenizer = Tokenizer.train(captions, config.text_c.vocab_size - 514)  # bytes, bytes that end a word, start, end
     tokenizer.length = min(config.text_c.length, 2 + max(len(tokenizer.encode(one)) for one in set(captions)))
-    print(f"tokenizer: {len(tokenizer)} tokens, captions of up to {tokenizer.length}")
     return tokenizer
 
 
@@ -693,11 +782,20 @@ def words_between(captions):
     return between
 
 
+def words_read(caption, tokenizer):
+    """The words of a caption that fit into the tokens that the text encoder reads -> str"""
+    if not tokenizer.overflow(caption):
+        return caption
+    words = caption.split()[:tokenizer.length]
+    ends = itertools.accumulate(len(tokenizer.encode(word)) for word in words)
+    return " ".join(word for word, end in zip(words, ends) if end <= tokenizer.length - 2)
+
+
 def hard_negatives(caption, between, rng):
     """Captions that are almost right, and nearly always wrong: one with a word replaced, one with two words swapped. A
     word comes only between two words between which `words_between` found it: random swaps are mostly not English, and
     the text encoder would learn to tell that instead of looking at the image. Shapes' test captions are left out (and
-    one in sixteen of any other data). caption: str, between: from `words_between` -> 0 to 2 captions"""
+    one in sixteen of any other data). caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
     others = {i: between.get((words[i - 1], words[i + 1]), set()) - {words[i]} for i in range(1, len(words) - 1)}
     changes = []
@@ -716,13 +814,14 @@ def train_text(run):
 
     With random negatives, CLIP can win by matching words and never learns which colour belongs to which shape
     (Yuksekgonul et al., 2023). So we add hard negatives."""
-    between = words_between(run.train_data.captions())
+    between, tokenizer = words_between(run.train_data.captions()), run.model.tokenizer_b
 
     def loss_fn(clip, batch, step):
         images, captions = batch
         rng = np.random.default_rng((run.args.seed, step))
-        negatives = [wrong for caption in captions for wrong in hard_negatives(caption, between, rng)]
-        ids, mask = (x.to(run.device) for x in run.model.tokenizer_b(captions + negatives))
+        negatives = [wrong for caption in captions
+                     for wrong in hard_negatives(words_read(caption, tokenizer), between, rng)]
+        ids, mask = (x.to(run.device) for x in tokenizer(captions + negatives))
         return contrastive_loss(clip(images, ids, mask), ids), {}
 
     clip = CLIP(run.model.config)
@@ -827,7 +926,7 @@ def init_mapper(compressor, batches):
     """Starts the compressor's mapper from the principal components of its backbone's features; with random directions,
     B loses the details of shapes. batches: list of small images (B, h, w, 3) in [0, 1]"""
     features = torch.cat([compressor.backbone(images) for images in batches])
-    _, directions = torch.linalg.eigh(features.flatten(0, 2).T.cov())  # by rising variance
+    _, directions = torch.linalg.eigh(features.flatten(0, 2).T.cov().cpu())  # by rising variance; MPS has no eigh
     compressor.mapper.weight.copy_(directions[:, -len(compressor.mapper.weight):].T)
 
 
@@ -861,7 +960,7 @@ def train_c(run):
 def draw_curves(folder):
     """Writes the losses of all stages to curves.png, each point the mean over about a fiftieth of the steps."""
     curves = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for line in filter(None, map(parse_json, (folder / "metrics.jsonl").read_text().splitlines())):
         curve = curves.setdefault(line["stage"], [])
         while curve and curve[-1][0] >= line["step"]:  # done again
             curve.pop()
@@ -877,7 +976,7 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 # The command line.
 
 FIXED = ("preset", "data", "image_size", "init_from", "tokens")  # options that a run keeps from its first command on
-SAVED = (*FIXED, "data_dir", "flip", "seed", "precision", "freeze_text", "cache")  # those that later commands take over
+SAVED = (*FIXED, "data_dir", "flip", "seed", "device", "precision", "freeze_text", "cache")  # what later ones take over
 
 
 def read_options(folder):
@@ -890,13 +989,13 @@ def pick_precision(device):
     """bfloat16 where the hardware has it; on GPUs without it, float16."""
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    has = torch.cpu.get_capabilities()
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch can't tell
     there = device == "cpu" and any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if there else "float32"
 
 
 def parse_args(argv=None):
-    """The options that a command gives; then those of the run; then those that suit the data set and the machine."""
+    """The options that a command gives; then those of the run; then those that suit the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
                                      "keeps " + ", ".join(SAVED) + "; give other options again.")
     add = parser.add_argument
@@ -908,29 +1007,30 @@ def parse_args(argv=None):
     add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="default: %(default)s")
     add("--data-dir", help="where the data set lies; Shapes needs none")
     add("--download", action="store_true", help="fetch CIFAR into --data-dir first, if it is not there")
-    add("--image-size", type=int, help="side of the images in pixels, the preset's if not given")
+    add("--image-size", type=number(int, 32, 8192), help="side of the images in pixels, the preset's if not given")
     add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
         "say left or right; if not given, all data but Shapes")
-    add("--steps", type=int, help="training steps of each stage named; the preset's recipe if not given")
-    add("--batch-size", type=int, help="images per step; the preset's recipe if not given")
-    add("--lr", type=float, help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=int, help="training images of Stages B and C, whose latents are computed once; all if not "
+    add("--steps", type=number(int, 1, 10**9), help="training steps of each stage named; the preset's recipe if not "
+        "given")
+    add("--batch-size", type=number(int, 2, 10**6), help="images per step; the preset's recipe if not given")
+    add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
+    add("--cache", type=number(int, 1, 10**9), help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
-    add("--seed", type=int, default=0, help="of the data and the weights (default: %(default)s)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default: the best that there is")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the data and the weights (default: %(default)s)")
+    add("--device", choices=DEVICES, help="default: auto, the best that there is")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
-    add("--workers", type=int, default=0, help="processes that prepare images (default: 0, the main one does)")
-    add("--log-every", type=int, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
-    add("--save-every", type=int, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
+    add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main one does)")
+    add("--log-every", type=number(int, 1, 10**9), default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
+    add("--save-every", type=number(int, 1, 10**9), default=250, help="steps between checkpoints and sheets (default: %(default)s)")
     args = parser.parse_args(argv)
     saved = read_options(args.run)
     if args.init_from and not saved:  # sizes are those of the weights
-        source = read_options(args.init_from) or {"preset": "v2", "image_size": PRESETS["v2"].image_size}
+        source = {"preset": "v2", "image_size": PRESETS["v2"].image_size} | read_options(args.init_from)
         parser.set_defaults(preset=source["preset"], image_size=source["image_size"])
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
@@ -938,30 +1038,30 @@ def parse_args(argv=None):
     args.flip = args.data != "shapes" if args.flip is None else args.flip
     args.cache = args.cache or (16_384 if args.data == "shapes" else None)
     args.image_size = args.image_size or PRESETS[args.preset].image_size
-    args.device = pick_device(args.device)
-    args.precision = args.precision or pick_precision(args.device)
-    for name in FIXED if saved else ():
-        if getattr(args, name) != saved[name]:
-            parser.error(f"{args.run} was begun with {name} {saved[name]}; take another --run")
-    if args.data_dir and args.data == "shapes":
-        parser.error(f"--data-dir needs --data {', '.join((*CIFAR, 'coco', 'folder'))}")
+    for name, value in ({"init_from": None, "tokens": False} | saved).items() if saved else ():
+        if name in FIXED and getattr(args, name) != value:
+            parser.error(f"{args.run} was begun with {name} {value}; take another --run")
+    if (args.data_dir is None) != (args.data == "shapes"):
+        parser.error(f"--data-dir and --data {', '.join((*CIFAR, 'coco', 'folder'))} need each other")
+    if args.data_dir and Path(args.data_dir).resolve() == Path(args.run).resolve():
+        parser.error("--run and --data-dir must be two folders")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
-    if args.download and not (args.data in CIFAR and args.data_dir):
-        parser.error(f"--download needs --data {' or '.join(CIFAR)}, and --data-dir")
+    if args.download and args.data not in CIFAR:
+        parser.error(f"--download needs --data {' or '.join(CIFAR)}")
     if args.init_from and args.stage not in TRAIN:
         parser.error(f"--init-from needs the stage to train: {', '.join(TRAIN)}")
     return args
 
 
-def begin(args):
+def begin(args, captions):
     """Writes what all commands of a run need: sizes and vocabulary; with --init-from, weights too."""
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)
         if model.compressor is None and args.stage in ("text", "b"):
-            raise ValueError(f"{args.init_from} has no EfficientNetEncoder to train")
-        model.config.image_size = args.image_size
+            raise UserError(f"{args.init_from} has no EfficientNetEncoder to train")
+        model.config.image_size, tokenizer = args.image_size, model.tokenizer
         model.save(args.run)
         if (clip := Path(args.init_from) / "clip.pt").exists():
             shutil.copy(clip, args.run)
@@ -970,25 +1070,31 @@ def begin(args):
         config.text_b, config.image_size = config.text_c, args.image_size  # one text encoder's sizes for both stages
         if args.tokens:
             config.b.token_width, config.b.sees_semantic = config.b.channels[0], (False,) * len(config.b.channels)
-        tokenizer = train_tokenizer(args, config)
+        tokenizer = train_tokenizer(captions, config)
         config.text_c.vocab_size, config.text_c.length = len(tokenizer), tokenizer.length
         with torch.device("meta"):  # no weights yet: only the sizes and the tokenizer are saved
             Wuerstchen(config, tokenizer).save(args.run, stages=())
+    counts = collections.Counter(captions)
+    longer = sum(n for caption, n in counts.items() if tokenizer.overflow(caption)) / len(captions)
+    print(f"tokenizer: {len(tokenizer)} tokens; of a caption, {tokenizer.length} are read" +
+          f", and {longer:.1%} of the captions are longer" * (longer > 0))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    saved = read_options(args.run)
+    saved, device = read_options(args.run), pick_device(args.device)
+    print_machine(device, args.precision or pick_precision(device))
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
     start = time.time()
     if args.download:
-        download(args.data, args.data_dir)
+        download(args.data, Path(args.data_dir))
+    data = open_data(args)
     if not saved:
-        begin(args)
+        begin(args, list(data["train"].captions()))
     options = {name: getattr(args, name) for name in SAVED}
     if options != saved:  # `cached` compares dates with this file: write it only if it changed
-        (Path(args.run) / "options.json").write_text(json.dumps(options, indent=1) + "\n")
-    run = Run(args)
+        save_atomically(Path(args.run) / "options.json", json.dumps(options, indent=1) + "\n")
+    run = Run(args, data)
     for stage in TRAIN if args.stage == "all" else [args.stage]:
         path = run.folder / f"{stage}.pt"
         if args.stage == "all" and path.exists():
@@ -996,19 +1102,16 @@ def main(argv=None):
             continue
         torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
         run.pretrained = bool(args.init_from) and path.exists()
-        run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(args.device)
+        run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(run.device)
         TRAIN[stage](run)
         run.model.save_stage(run.folder, stage)
         (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
         shutil.rmtree(run.folder / "cache", ignore_errors=True)
         draw_curves(run.folder)
     print(f"{run.folder}: done in {time.time() - start:.0f} s")
+    if (run.folder / "c.pt").exists():
+        print(f'draw with it: python sample.py "..." --run {run.folder}')
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from the last checkpoint")
+    run_script(main, "stopped; the same command goes on from the last checkpoint")

@@ -34,6 +34,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tokenizer import Tokenizer, read_json
+from tokenizer import Tokenizer, UserError, read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Sizes. The defaults are the published 1024-px model ("v2").
@@ -454,7 +455,9 @@ class CLIP(nn.Module):
     def image_features(self, images):
         """images (B, H, W, 3) in [0, 1] -> features of the image's 3x3 parts (B, 9, features). Parts, not their mean:
         a mean would not say where in the image something is."""
-        return F.adaptive_avg_pool2d(self.image(shrink(images)).permute(0, 3, 1, 2), 3).flatten(2).mT
+        features = self.image(shrink(images)).permute(0, 3, 1, 2)
+        parts = F.adaptive_avg_pool2d(features.cpu() if features.is_mps else features, 3)  # MPS can't pool 2 cells to 3
+        return parts.flatten(2).mT.to(features.device)
 
     def embed_images(self, images):
         """images (B, H, W, 3) in [0, 1] -> unit vectors (B, width)"""
@@ -677,7 +680,9 @@ class EfficientNet(nn.Module):
     def forward(self, images):
         """images (B, H, W, 3) in [0, 1] -> features (B, ⌈H/32⌉, ⌈W/32⌉, features)"""
         mean, std = images.new_tensor([0.485, 0.456, 0.406]), images.new_tensor([0.229, 0.224, 0.225])  # ImageNet's
-        return self.stages(((images - mean) / std).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = ((images - mean) / std).permute(0, 3, 1, 2)
+        x = x.contiguous() if x.is_mps else x  # there, BatchNorm's gradients are wrong for channels last
+        return self.stages(x).permute(0, 2, 3, 1)
 
 
 class SemanticCompressor(nn.Module):
@@ -697,9 +702,10 @@ class SemanticCompressor(nn.Module):
 
 def resize(images, height, width, align_corners=False):
     """Bicubic with anti-aliasing. (B, H, W, C) -> (B, height, width, C)"""
-    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", antialias=True,
-                      align_corners=align_corners)
-    return x.permute(0, 2, 3, 1)
+    x = images.permute(0, 3, 1, 2).float()
+    x = F.interpolate(x.cpu() if x.is_mps else x, (height, width), mode="bicubic", antialias=True,
+                      align_corners=align_corners)  # MPS lacks this, or its gradient
+    return x.permute(0, 2, 3, 1).to(images.device)
 
 
 def shrink(images):
@@ -1064,10 +1070,20 @@ STAGES = {  # the file in a run folder: the networks in it
 }
 
 
-def save_atomically(path, state):
-    """torch.save to a temporary file, then rename: whenever the process dies, the old file or the new one is whole."""
-    torch.save(state, f"{path}.new")
-    os.replace(f"{path}.new", path)
+def save_atomically(path, content):
+    """Writes a string, or with torch.save anything else, to a temporary file, then renames it: whenever the process
+    dies, the old file or the new one is whole. OSError if it can't be written."""
+    new = Path(f"{path}.new")
+    try:
+        if isinstance(content, str):
+            new.write_text(content, encoding="utf-8")
+        else:
+            torch.save(content, new)
+        os.replace(new, path)
+    except RuntimeError as error:  # torch.save's
+        raise OSError(f"can't write {path}: is the disk full?") from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def add_negatives(prompts, negative):
@@ -1105,9 +1121,9 @@ class Wuerstchen(nn.Module):
         `config.stride`, or if the published compressor was not there to load."""
         H, W = images.shape[1:3]
         if H % self.config.stride or W % self.config.stride:
-            raise ValueError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
+            raise UserError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
         if self.compressor is None:
-            raise ValueError("no EfficientNetEncoder beside the snapshots: it compresses images")
+            raise UserError("no EfficientNetEncoder beside the snapshots: it compresses images")
         return self.compressor(shrink(images)).float()
 
     @torch.no_grad()
@@ -1185,7 +1201,7 @@ class Wuerstchen(nn.Module):
         """Writes what `load` reads: config.json, tokenizer/ (and tokenizer_b/ if it is another), one file per stage."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        save_atomically(folder / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
         self.tokenizer.save(folder / "tokenizer")
         if self.tokenizer_b is not self.tokenizer:
             self.tokenizer_b.save(folder / "tokenizer_b")
@@ -1202,12 +1218,16 @@ class Wuerstchen(nn.Module):
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
         model = cls(Config.from_dict(read_json(folder / "config.json")), *tokenizers)
         for stage in stages:
-            weights = torch.load(folder / f"{stage}.pt", map_location="cpu", weights_only=True)
-            for name in STAGES[stage]:
-                if name in weights:
-                    getattr(model, name).load_state_dict(weights[name])
-                else:  # made from published weights without the compressor
-                    setattr(model, name, None)
+            path = folder / f"{stage}.pt"
+            try:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+                for name in STAGES[stage]:
+                    if name in weights:
+                        getattr(model, name).load_state_dict(weights[name])
+                    else:  # made from published weights without the compressor
+                        setattr(model, name, None)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise UserError(f"{path} is damaged, or of other sizes than config.json says") from error
         return model.eval()
 
     @classmethod

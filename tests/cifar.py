@@ -13,6 +13,7 @@ writes to the run folder:
 """
 
 import argparse
+import collections
 import json
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def train_classifier(network, images, labels, epochs=14, batch=64, lr=0.003):
 
 def load(options, split):
     """-> images (N, 32, 32, 3) in [0, 1], the second caption of each, "a cat" (N)"""
-    images, captions = zip(*list_cifar(options["data_dir"], split, options["data"]))
+    items = list_cifar(options["data"], Path(options["data_dir"]), collections.defaultdict(list))
+    images, captions = zip(*items[split])
     return torch.from_numpy(np.stack(images)) / 255, [lines[1] for lines in captions]
 
 

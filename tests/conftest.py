@@ -1,7 +1,9 @@
+import _thread
 import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,21 +15,28 @@ sys.path.insert(0, str(HERE))
 import train  # noqa: E402
 
 SMALL = ["--image-size", "64", "--steps", "4", "--batch-size", "8", "--cache", "64", "--save-every", "4"]
-SECONDS = 100  # that a test may take, its fixtures included
+SECONDS = 100  # that a test may take, and its fixtures
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """A time limit for every test: an endless loop fails instead of hanging."""
-    def stop(*_):
-        pytest.fail(f"longer than {SECONDS} s")  # a BaseException: nothing catches it on the way
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+# Where the suite runs in the background, Ctrl-C may be ignored, also by the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def limited(item):
+    """A time limit: an endless loop fails instead of hanging."""
+    timer = threading.Timer(SECONDS, _thread.interrupt_main)
+    timer.start()
     try:
         return (yield)
+    except KeyboardInterrupt:
+        if timer.is_alive():  # it was Ctrl-C
+            raise
+        pytest.fail(f"longer than {SECONDS} s")
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        timer.cancel()
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(limited)  # setup: the fixtures
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,8 @@ def draw_baseline(model, network, text_encoder, captions, seeds, steps=UNET_STEP
 def train_baseline(folder, steps):
     """As Stage B: the recipe, the scale of the latents, the times. As Stage C: the text encoder is trained too, and 5 %
     of the captions are dropped."""
-    run = train.Run(train.parse_args(["--run", str(folder), "--device", "cpu", "--steps", str(steps)]))
+    args = train.parse_args(["--run", str(folder), "--device", "cpu", "--steps", str(steps)])
+    run = train.Run(args, train.open_data(args))
     model = run.model = Wuerstchen.load(folder, ("text", "a"))
     torch.manual_seed(0)
     network = nn.ModuleDict(dict(text=model.text_b, unet=make_baseline(model.config)))

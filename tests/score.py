@@ -12,6 +12,7 @@ says which attributes of a caption an image has; Judge, which computes a row of 
 
 import argparse
 import json
+import re
 import sys
 from collections import namedtuple
 from itertools import permutations
@@ -23,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sample import make_chart, make_sheet, pick_device, redraw  # noqa: E402
-from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, examples, open_data, parse,  # noqa: E402
+from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Scene, examples, open_data,  # noqa: E402
                    read_options)
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
 
@@ -152,6 +153,22 @@ def find_blobs(pixels, background):
     return blobs
 
 
+THING = rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(OUTLINES)})"
+GRAMMAR = re.compile(rf"{THING}(?: ({'|'.join(RELATIONS)}) {THING})?(?: on a ({'|'.join(BACKGROUNDS)}) background)?")
+
+
+def parse(caption):
+    """The Scene that a caption describes. ValueError for a caption outside the grammar."""
+    found = GRAMMAR.fullmatch(caption)
+    if not found:
+        raise ValueError(f"not a Shapes caption: {caption!r}")
+    *first, relation, size, colour, shape, background = found.groups()
+    scene = Scene([tuple(first)] + ([(size, colour, shape)] if relation else []), relation, background)
+    if scene.caption() != caption or relation and first[1:] == [colour, shape]:  # "a orange circle"; twice the same
+        raise ValueError(f"not a Shapes caption: {caption!r}")
+    return scene
+
+
 def check(image, caption):
     """Which attributes of a caption an image has: uint8 array (size, size, 3) -> {"colour": [True, False], ...}, with
     one bool for each time that the caption names the attribute. "count" has one bool: whether there are exactly as many
@@ -213,7 +230,7 @@ class Judge:
     def __init__(self, model, args):
         self.model, self.count, self.clip, self.features = model, args.count, None, None
         self.options = read_options(args.run) | {"image_size": model.config.image_size}
-        self.shapes = self.options["data"] == "shapes"
+        self.shapes, self.data = self.options["data"] == "shapes", open_data(argparse.Namespace(**self.options))
         if (path := Path(args.run) / "clip.pt").exists():
             self.clip = CLIP(model.config).to(model.device).eval()
             self.clip.load_state_dict(torch.load(path, map_location=model.device, weights_only=True))
@@ -224,8 +241,7 @@ class Judge:
 
     def examples(self, split, batch=0):
         """Batch number `batch` of a split -> images (count, H, W, 3) in [0, 1], list of captions"""
-        data = open_data(argparse.Namespace(**self.options), split)
-        images, captions = examples(data, self.count, batch * self.count)
+        images, captions = examples(self.data[split], self.count, batch * self.count)
         return images.to(self.model.device), captions
 
     def __call__(self, images, captions, real):

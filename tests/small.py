@@ -95,10 +95,11 @@ def odd_images(folder):
 
 def last_words(script, *arguments):
     """What `python script arguments`, run in this process, ends with: one line; a traceback is an error."""
-    output = io.StringIO()
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     with (contextlib.redirect_stderr(output), mock.patch("sys.argv", [script, *map(str, arguments)]),
           pytest.raises(SystemExit) as stopped):
         runpy.run_path(str(Path(__file__).parent.parent / script), run_name="__main__")
-    message = stopped.value.code if isinstance(stopped.value.code, str) else output.getvalue().splitlines()[-1]
+    output.seek(0)
+    message = stopped.value.code if isinstance(stopped.value.code, str) else output.read().splitlines()[-1]
     assert message.count("\n") == 0
     return message

@@ -1,9 +1,13 @@
 """Data sets as they lie on disk: folders, COCO, CIFAR, downloads; bad images; batches."""
+import collections
+import contextlib
 import hashlib
 import http.server
 import io
 import json
+import os
 import re
+import shutil
 import tarfile
 import threading
 from argparse import Namespace
@@ -52,7 +56,7 @@ def coco_folder(place, images=(("train2017", range(40)), ("val2017", range(40, 4
 
 def cifar_folder(place, data="cifar10", count=50):
     """A made-up CIFAR-10 or CIFAR-100 of the classes 0, 1, 2, 3, 0, ..."""
-    folder, _, _, skip, labels = train.CIFAR[data]
+    folder, _, _, skip, labels, _ = train.CIFAR[data]
     (place / folder).mkdir(parents=True)
     for file in ("data_batch_1", "data_batch_2", "test_batch") if data == "cifar10" else ("train", "test"):
         records = np.random.default_rng(0).integers(256, size=(count, skip + 3072), dtype=np.uint8)
@@ -63,34 +67,112 @@ def cifar_folder(place, data="cifar10", count=50):
     return place
 
 
-def open_data(split="train", **changed):
-    return train.open_data(Namespace(**(dict(data_dir=None, image_size=32, seed=0) | changed)), split)
+def open_data(data_dir, data="folder", **changed):
+    return train.open_data(Namespace(data_dir=str(data_dir), data=data, **(dict(image_size=32, seed=0) | changed)))
 
 
 def make_run(place, *options):
-    return train.Run(train.parse_args(["--run", str(place), "--image-size", "32", "--device", "cpu", "--precision",
-                                       "float32", *map(str, options)]))
+    args = train.parse_args(["--run", str(place), "--image-size", "32", "--device", "cpu", "--precision", "float32",
+                             *map(str, options)])
+    return train.Run(args, train.open_data(args))
+
+
+def names(items, place):
+    return [Path(file).relative_to(place).as_posix() for file, _ in items]
+
+
+def listed(place, data="folder", **changed):
+    """What `open_data` finds -> {name: captions} of both splits, and what it prints"""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        items = [item for split in open_data(place, data, **changed).values() for item in split.items]
+    return {Path(file).relative_to(place).as_posix(): captions for file, captions in items}, output.getvalue()
 
 
 def test_folder_with_captions(tmp_path):
-    folder_of(tmp_path, 30)
-    (tmp_path / "photo.JPG").write_bytes(b"")
-    found = dict(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test"))
+    found, said = listed(folder_of(tmp_path, 30))
+    assert len(found) == 30 and found["b/c/i005.png"] == ["image number 5", "another caption of 5"]
+    assert "30 images, 30 with captions" in said and said.count("\n") == 1
     file = f"{tmp_path}/b/c/i005.png"
-    assert len(found) == 31 and found[f"{tmp_path}/photo.JPG"] == []
-    assert found[file] == ["image number 5", "another caption of 5"]
-    data = train.Images([(file, found[file])], 32)
-    assert data[3][1].splitlines() == found[file] == list(data.captions())
+    data = train.Images([(file, found["b/c/i005.png"])], 32)
+    assert data[3][1].splitlines() == found["b/c/i005.png"] == list(data.captions())
     assert data[7][0].shape == (32, 32, 3) and data[7][0].dtype == np.uint8
-    with pytest.raises(FileNotFoundError, match="no images"):
-        train.list_folder(tmp_path / "none", "train")
+
+
+def picture(file, mode="RGB"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (40, 30), 1).save(file)
+    return file
+
+
+def test_three_ways_to_give_captions(tmp_path):
+    """In one folder, each with what goes wrong: an empty file, a row without a file, a folder name with underscores."""
+    for name in ("x/1.webp", "x/2.tga", "x/3.ppm", "y/z/4.png", "y/z/5.png", "y/6.jp2", "snowy_owl/7.bmp", "8.gif"):
+        picture(tmp_path / name)
+    (tmp_path / "x/1.TXT").write_text("one\n\n  uno \n")
+    (tmp_path / "x/2.txt").write_text("\n \n")
+    (tmp_path / "y/metadata.csv").write_text('file_name; caption\n"./z\\4.png"; "four, or\n4"\nz/0.png; zero\n6.jp2;\n')
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(dict(file_name="y/z/5.png", text=["five", 5, "cinq"])) +
+                                             '\n[]\n{"file_name": "x/1.webp", "text": "not this"}\n{"file_na\n')
+    found, said = listed(tmp_path)
+    assert found == {"x/1.webp": ["one", "uno"], "y/z/4.png": ["four, or 4"], "y/z/5.png": ["five", "cinq"],
+                     "snowy_owl/7.bmp": ["snowy owl"], "y/6.jp2": ["y"]}
+    for words in ("8 images, 5 with captions", "2 of them the name of a folder", "no caption, left out: 3 (8.gif, x/2.tga",
+                  "odd row, left out: 3 (", "not there: 1 (z/0.png)"):
+        assert words in said
+
+
+@pytest.mark.parametrize("text, encoding", [("grüße, ça va", "utf-8"), ("grüße, ça va", "utf-8-sig"),
+                                            ("grüße, ça va", "cp1252"), ("“ein Löwe” – 5 €", "cp1252"),
+                                            ("лев и 狮子", "utf-16"), ("狮子", "utf-16"), ("a lion", "utf-16-le")])
+def test_captions_of_any_encoding(tmp_path, text, encoding):
+    folder_of(tmp_path, 2)
+    picture(tmp_path / "lion.png").with_suffix(".txt").write_bytes(text.encode(encoding))
+    (tmp_path / "metadata.jsonl").write_bytes(json.dumps(dict(file_name="b.png", text=text), ensure_ascii=False)
+                                              .encode(encoding))
+    picture(tmp_path / "b.png")
+    found, _ = listed(tmp_path)
+    assert found["lion.png"] == found["b.png"] == [text]
+
+
+def test_captions_are_one_line_of_text(tmp_path):
+    assert train.tidy(["a\u2028b\x0b c\x85", " \ufeff\n", None, 3, "\ud83d!"]) == ["a b c", "?!"]
+    assert train.tidy("a\tcat ") == ["a cat"] and train.tidy(float("nan")) == train.tidy({}) == []
+
+
+def test_what_is_not_an_image_of_the_data_set(tmp_path):
+    """Hidden files, leftovers of file managers and runs are not seen; links are, but not round in circles."""
+    folder_of(tmp_path / "data", 4)
+    data = tmp_path / "data"
+    for name in (".thumbnails/a.png", "a/@eaDir/i000.png/small.jpg", "__MACOSX/a.png", "b/.i001.png",
+                 "old/sheets/a_000250.png"):
+        picture(data / name)
+    for name in ("config.json", "options.json"):
+        (data / "old" / name).write_text("{}")
+    (data / "a/._i000.txt").write_bytes(b"\0\5\x16\7")
+    (data / "notes.md").write_text("words")
+    (data / "zero.jpg").touch()
+    found, said = listed(data)
+    assert len(found) == 4 and "not an image: 2 (notes.md, zero.jpg)" in said
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs links, pipes and names of any bytes")
+    os.mkfifo(data / "pipe.png")
+    (data / "round").symlink_to(data)
+    (data / "gone.png").symlink_to("nowhere")
+    picture(tmp_path / "else/fox/1.png")
+    (data / "linked").symlink_to(tmp_path / "else")
+    odd = os.fsdecode(b"caf\xe9")
+    picture(data / f"{odd}.png").with_suffix(".txt").write_text("coffee")
+    found, said = listed(data)
+    assert len(found) == 6 and found["linked/fox/1.png"] == ["fox"] and found[f"{odd}.png"] == ["coffee"]
+    with pytest.raises(train.UserError, match="is not a folder"):
+        listed(data / "none")
 
 
 @pytest.mark.parametrize("kind", ["folder", "coco"])
 def test_splits_are_fixed_and_disjoint(tmp_path, kind, monkeypatch):
     def splits(place):
-        lists = [getattr(train, f"list_{kind}")(place, split) for split in ("train", "test")]
-        return [[Path(path).name for path, _ in items] for items in lists]
+        return [names(data.items, place) for data in open_data(place, kind).values()]
 
     def fill(count):
         place = tmp_path / str(count)
@@ -145,63 +227,110 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 50 kB, 400 million pixels
     for name in ("cut", "none", "bomb"):
         (tmp_path / f"{name}.txt").write_text(name)
-    Image.new("RGB", (40, 40)).save(tmp_path / "silent.png")
-    reasons = {"cut.png": "truncated", "none.jpg": "cannot identify", "bomb.png": "decompression bomb",
-               "silent.png": "no caption"}
-    data = train.Images(train.list_folder(tmp_path, "train") + train.list_folder(tmp_path, "test"), 32)
+    data = open_data(tmp_path)
+    assert "not an image: 2 (bomb.png, none.jpg)" in capsys.readouterr().out
+    data = train.Images([item for split in data.values() for item in split.items], 32)
     seen = [data[i][1] for i in range(48)]
-    assert not {"cut", "none", "bomb"} & set(seen) and len({caption.split()[-1] for caption in seen}) == 20
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4
-    assert all(any(name in line and reason in line for line in lines) for name, reason in reasons.items())
+    assert "cut" not in seen and len({caption.split()[-1] for caption in seen}) == 20
+    line, = capsys.readouterr().err.splitlines()
+    assert "cut.png" in line and "truncated" in line
     again = train.Images(data.items, 32)
     assert [again[i][1] for i in reversed(range(48))] == seen[::-1]  # whatever was read before
-    bad = [item for item in data.items if Path(item[0]).name in reasons]
-    data = train.Images(bad + data.items[:3], 32)
-    with pytest.raises(ValueError, match="more than half of the images are of no use"):
-        [data[i] for i in range(7)]
+    bad = [item for item in data.items if item[1] == ["cut"]]
+    with pytest.raises(train.UserError, match="none of 2 images can be read: .*cut.png"):
+        train.Images(bad + bad, 32)[5]
+
+
+@pytest.mark.parametrize("bad", range(3))
+def test_one_image_that_can_be_read_is_kept_for_testing(tmp_path, bad):
+    """However many by name before it can't be, and whichever the hash chooses."""
+    for i in range(40):
+        file = picture(tmp_path / f"{i:02}.png")
+        file.with_suffix(".txt").write_text(f"image {i}")
+        if i < bad or train.reserved(file.name):
+            file.write_bytes(file.read_bytes()[:60])
+    data = open_data(tmp_path)
+    images, captions = train.examples(data["test"], 8)
+    assert set(captions) == {f"image {next(i for i in range(bad, 40) if not train.reserved(f'{i:02}.png'))}"}
+    assert f"{tmp_path}/{captions[0].split()[1]:>02}.png" not in dict(data["train"].items)
 
 
 def test_one_image_is_too_few(tmp_path):
     folder_of(tmp_path, 1)
-    with pytest.raises(ValueError, match="needs at least two images"):
-        open_data(data="folder", data_dir=tmp_path)
+    picture(tmp_path / "silent.png")
+    with pytest.raises(train.UserError, match="too few images: 2 images, 1 with captions.*no caption.*silent.png"):
+        open_data(tmp_path)
     folder_of(tmp_path, 2)
-    assert [len(open_data(split, data="folder", data_dir=tmp_path).items) for split in ("train", "test")] == [1, 1]
-    with pytest.raises(ValueError, match="needs --data-dir"):
-        open_data(data="coco")
+    assert [len(data.items) for data in open_data(tmp_path).values()] == [1, 1]
 
 
 def test_coco_with_splits_and_a_subset(tmp_path):
     coco_folder(tmp_path)
-    training, testing = (train.list_coco(tmp_path, split) for split in ("train", "test"))
+    training, testing = (open_data(tmp_path, "coco")[split].items for split in ("train", "test"))
     assert [len(training), len(testing)] == [39, 4] and all("/val2017/" in path for path, _ in testing)
     assert training[0] == (f"{tmp_path}/train2017/000.jpg", ["caption 0 of 0", "caption 1 of 0"])
-    with pytest.raises(FileNotFoundError, match="captions_"):
-        train.list_coco(tmp_path / "train2017", "train")
+
+
+def test_coco_and_its_look_alikes(tmp_path):
+    """The annotation files that fit the images that are there; odd entries, and files of another kind, are named."""
+    coco_folder(tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/train2017")
+    found, said = listed(tmp_path / "part", "coco")
+    assert len(found) == 4 and "not there: 40 (000.jpg, 001.jpg, 002.jpg, ...)" in said
+    other = tmp_path / "other"
+    for i in range(6):
+        picture(other / f"images/{i}.png")
+    (other / "annotations").mkdir()
+    (other / "annotations/captions_all.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(dict(
+        images=[*(dict(id=str(i), file_name=f"{i}.png") for i in range(5)), 7, dict(id=9)],
+        annotations=[*(dict(image_id=i, caption=text) for i, text in enumerate(["a", " b ", None, 4, ["c", "d"]])),
+                     dict(caption="e"), None])).encode())
+    for name, content in (("captions_list", []), ("captions_count", dict(images=5, annotations=9)), ("instances", {})):
+        (other / f"annotations/{name}.json").write_text(json.dumps(content))
+    (other / "captions_cut.json").write_text('{"images": [')
+    found, said = listed(other, "coco")
+    assert found == {"images/0.png": ["a"], "images/1.png": ["b"], "images/4.png": ["c", "d"]}
+    assert "odd row, left out: 4 (annotations/captions_all.json)" in said and "no caption, left out: 3 (images/2" in said
+    assert all(f"captions_{name}.json" in said for name in ("list", "count", "cut")) and "instances" not in said
+    with pytest.raises(train.UserError, match="too few images: 6 images, 0 with captions; .*no caption"):
+        shutil.rmtree(other / "annotations")
+        listed(other, "coco")
 
 
 @pytest.mark.parametrize("data, name, baby", [("cifar10", "automobile", "a photo of a bird"),
                                               ("cifar100", "aquarium fish", "a photo of a baby")])
 def test_cifar(tmp_path, data, name, baby):
-    found, skip = train.list_cifar(cifar_folder(tmp_path, data), "train", data), train.CIFAR[data][3]
-    assert found[1][1] == [name, f"an {name}", f"a photo of an {name}", f"a picture of an {name}",
-                           f"a small photo of an {name}"] and baby in found[2][1]
-    files = [file.read_bytes() for file in sorted(tmp_path.rglob("*.bin")) if "test" not in file.name]
-    records = np.frombuffer(b"".join(files), np.uint8).reshape(-1, skip + 3072)
-    assert len(found) == len(records) and len(train.list_cifar(tmp_path, "test", data)) == 50
-    for i in (0, len(found) - 1):
+    (folder, _, _, skip, labels, _), left_out = train.CIFAR[data], collections.defaultdict(list)
+    found = train.list_cifar(data, cifar_folder(tmp_path, data), left_out)
+    items, testing = found["train"], found["test"]
+    assert items[1][1] == [name, f"an {name}", f"a photo of an {name}", f"a picture of an {name}",
+                           f"a small photo of an {name}"] and baby in items[2][1]
+    files = sorted(file for file in tmp_path.rglob("*.bin") if "test" not in file.name)
+    records = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8).reshape(-1, skip + 3072)
+    assert len(items) == len(records) and len(testing) == 50
+    for i in (0, len(items) - 1):
         planes = [records[i, skip + 1024 * c:][:1024].reshape(32, 32) for c in range(3)]
-        assert (found[i][0] == np.dstack(planes)).all()
-    with pytest.raises(FileNotFoundError, match="--download fetches it"):
-        train.list_cifar(tmp_path / "none", "train", data)
+        assert (items[i][0] == np.dstack(planes)).all()
+    assert set(left_out["missing or incomplete"]) == set(train.CIFAR[data][-1])  # 50 images are not all
+    whole = files[0].read_bytes()
+    for damaged in (whole[:-7], bytes([200] * len(whole))):
+        files[0].write_bytes(damaged)
+        with pytest.raises(train.UserError, match=f"{files[0].name} is cut short or damaged: --download"):
+            open_data(tmp_path, data)
+    files[0].unlink()
+    (tmp_path / folder / f"test{'_batch' * (data == 'cifar10')}.bin").unlink()
+    with pytest.raises(train.UserError, match=r"too few images: .*missing or incomplete: \d \(test"):
+        open_data(tmp_path, data)
+    (tmp_path / folder).rename(tmp_path / f"cifar-{data[5:]}-batches-py")
+    with pytest.raises(train.UserError, match="only the Python version, cifar-10+-batches-py: --download fetches it"):
+        open_data(tmp_path, data)
 
 
 @pytest.mark.parametrize("kind, count", [("coco", 24), ("cifar10", 12_000)])
 def test_real_data(kind, count):
     if not (SHARED / kind).exists():
         pytest.skip(f"needs {SHARED / kind}")
-    data, test = (open_data(split, data=kind, data_dir=SHARED / kind, image_size=64) for split in ("train", "test"))
+    data, test = open_data(SHARED / kind, kind, image_size=64).values()
     assert len(data.items) + len(test.items) == count and all(len(captions) > 3 for _, captions in data.items)
     image, caption = data[0]
     assert image.shape == (64, 64, 3) and image.std() > 10 and len(caption) > 2
@@ -219,13 +348,13 @@ def serve(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(train, "CIFAR_URL", f"http://127.0.0.1:{server.server_port}/")
 
-    def pack(member=None, sha256=None):
+    def pack(sha256=None):
+        made = cifar_folder(tmp_path / "made", "cifar100") / folder
         with tarfile.open(tmp_path / archive, "w:gz") as tar:
-            tar.add(cifar_folder(tmp_path / "made", "cifar100") / folder, folder)
-            if member:
-                tar.addfile(member, io.BytesIO(b""))
+            tar.add(made, folder)
         sha256 = sha256 or hashlib.sha256((tmp_path / archive).read_bytes()).hexdigest()
-        monkeypatch.setitem(train.CIFAR, "cifar100", (folder, archive, sha256, *rest))
+        monkeypatch.setitem(train.CIFAR, "cifar100", (folder, archive, sha256, *rest[:-1],
+                                                      {path.name: 50 for path in made.glob("*.bin")}))
         return fetched
     yield pack
     server.shutdown()
@@ -233,28 +362,33 @@ def serve(tmp_path, monkeypatch):
 
 
 def test_download(serve, tmp_path):
+    """Nothing is fetched twice, and what was interrupted is done again."""
     fetched, place = serve(), tmp_path / "data" / "new"
-    for _ in range(2):  # nothing is fetched twice
+    archive, train_file = place / train.CIFAR["cifar100"][1], place / train.CIFAR["cifar100"][0] / "train.bin"
+
+    def again(expected):
         train.download("cifar100", place)
-    assert fetched == ["/cifar-100-binary.tar.gz"] and len(train.list_cifar(place, "train", "cifar100")) == 50
+        assert len(train.list_cifar("cifar100", place, {})["train"]) == 50 and len(fetched) == expected
+    again(1)
+    whole = archive.read_bytes()
+    archive.unlink()
+    again(1)  # all is there
+    archive.write_bytes(whole)
+    train_file.write_bytes(train_file.read_bytes()[:100])
+    again(1)  # half unpacked
+    train_file.unlink()
+    archive.write_bytes(whole[:-10])
+    again(2)  # half fetched
 
 
-def test_a_download_with_another_hash_is_refused(serve, tmp_path):
+def test_a_download_that_fails_leaves_nothing(serve, tmp_path, monkeypatch):
     serve(sha256="0" * 64)
-    with pytest.raises(Exception, match="invalid hash"):
+    with pytest.raises(OSError, match="can't fetch http.*invalid hash"):
+        train.download("cifar100", tmp_path / "data")
+    monkeypatch.setattr(train, "CIFAR_URL", "http://127.0.0.1:9/")
+    with pytest.raises(OSError, match="can't fetch http.*refused"):
         train.download("cifar100", tmp_path / "data")
     assert not any((tmp_path / "data").iterdir())
-
-
-@pytest.mark.parametrize("name, target", [("../evil", None), ("link", "../.."), ("link", "/tmp")])
-def test_no_member_of_an_archive_leaves_the_folder(serve, tmp_path, name, target):
-    member = tarfile.TarInfo(name)
-    if target:
-        member.type, member.linkname = tarfile.SYMTYPE, target
-    serve(member)
-    with pytest.raises(tarfile.FilterError):
-        train.download("cifar100", tmp_path / "data")
-    assert not (tmp_path / "evil").exists() and not (tmp_path / "data" / "link").is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["shapes", "folder"])

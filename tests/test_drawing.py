@@ -215,18 +215,20 @@ def test_the_script_draws_each_way(run, model):
 
 def test_what_is_too_long_is_said(run, capsys):
     draw(run, PROMPTS[0], PROMPTS[1] + 30 * " and" + " a pink star")
-    _, said, _ = capsys.readouterr().out.splitlines()
+    said, = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "24 tokens" in said and 'left out: "and ' in said and said.endswith('and a pink star"')
 
 
 @pytest.mark.parametrize("command, message", [
     ("", "nothing to draw"), ("--redraw a.png", "nothing to draw"), ("--vary a.png --mix a.png b.png", "allowed"),
-    ("--redraw a.png cat --strength 2", "--strength is between 0 and 1"),
+    ("--fill a.png half.png cat --device mps", "--device mps: PyTorch"),
     ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
-    ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"), ("cat --out none/a.png", "none/a.png")])
+    ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"),
+    ("--fill a.png wide.png cat", "wide.png has another shape than a.png: 200x100 and 64x64 pixels")])
 def test_bad_commands_get_one_clear_line(run, command, message, monkeypatch):
     monkeypatch.chdir(run)
+    Image.new("L", (200, 100)).save("wide.png")
     assert message in last_words("sample.py", "--run", ".", "--steps-c", 1, *filter(None, command.split(" ")))
 
 
@@ -237,6 +239,21 @@ def test_odd_images_look_as_in_a_viewer(tmp_path):
         for x, y, expected in ((2, 16, colour), (29, 16, colour)) if colour else ((16, 2, RED), (16, 29, BLUE)):
             assert abs(image[y, x] - expected).max() <= 8, name
     assert script.load_image(np.zeros((20, 60, 3), np.uint8), (20, 40)).size == (40, 20)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (45, 30), (271, 180)])
+def test_a_mask_is_scaled_and_cut_like_its_image(tmp_path, size):
+    """White is drawn anew, black and what is transparent is kept, in all modes."""
+    Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
+    white = (Image.new("L", size), Image.new("L", size, 255))
+    for mask in white:
+        mask.paste(255, (size[0] // 2, 0, *size))  # the right half
+    clear = white[1].copy().convert("RGBA")
+    clear.putalpha(white[0])  # white, but transparent on the left
+    for mask in (white[0], white[0].convert("1"), white[0].convert("RGB"), clear, clear.convert("LA")):
+        mask.save(tmp_path / "mask.png")
+        loaded = script.load_mask(tmp_path / "image.png", tmp_path / "mask.png", (32, 32))
+        assert loaded.shape == (32, 32) and loaded[:, 17:].all() and not loaded[:, :15].any()
 
 
 def test_chart():

@@ -28,6 +28,21 @@ def test_hard_negatives_by_hand(monkeypatch):
     assert found("a green dog") == {("a red dog",), ("a blue dog",)} and found("the sun") == {()}
 
 
+def test_hard_negatives_change_only_words_that_are_read():
+    captions = [" ".join(f"w{i % 7}" for i in range(start, start + 3000)) for start in range(7)]
+    tokenizer = train.Tokenizer.train(captions, 20, length=8)
+    assert len(tokenizer.encode("w1")) == 2 and tokenizer.length == 8
+    assert train.words_read("w1  w2 w3", tokenizer) == "w1  w2 w3"
+    assert train.words_read("w1 w2 w3 w4", tokenizer) == train.words_read(captions[1], tokenizer) == "w1 w2 w3"
+    assert train.words_read(" ".join(captions), tokenizer) == "w0 w1 w2" and train.words_read("", tokenizer) == ""
+    assert train.words_read("w1" * 9000, tokenizer) == ""
+    between = train.words_between(["w1 w5 w3", "w1 w2 w3"])
+    wrong, = {tuple(train.hard_negatives(train.words_read(captions[1], tokenizer), between, np.random.default_rng(seed)))
+              for seed in range(9)}
+    ids, _ = tokenizer([captions[1], *wrong])
+    assert wrong == ("w1 w5 w3",) and not torch.equal(*ids)
+
+
 class Scaled(nn.Module):
     """A VQGAN that gives back the images times -0.9, and a discriminator: 3 times each image's mean."""
 

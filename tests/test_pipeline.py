@@ -1,5 +1,6 @@
 """From nothing to images, at a size smaller than tiny; and what happens when something is wrong."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 import train
 from conftest import SMALL, metrics, run_script
 from small import last_words
@@ -89,13 +91,76 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --preset huge", "invalid choice: 'huge'"),
     ("train.py --image-size 50", "multiple of 32"),
     ("train.py --image-size 128 --run {run}", "image_size 64"),
-    ("train.py --data cifar10", "needs --data-dir"),
-    ("train.py --data cifar10 --data-dir {run}", "no cifar10 in"),
-    ("train.py --data folder --data-dir {none}", "no images"),
+    ("train.py --data cifar10", "--data-dir and --data cifar10, cifar100, coco, folder need each other"),
+    ("train.py --data-dir {run}", "--data-dir and --data cifar10, cifar100, coco, folder need each other"),
+    ("train.py --data cifar10 --data-dir {run}", "cifar-10-batches-bin: --download fetches it"),
+    ("train.py --data folder --data-dir {none}", "none is not a folder"),
+    ("train.py --data folder --data-dir {none} --run {none}/../none", "must be two folders"),
+    ("train.py --data folder --data-dir {run}", "too few images"),
+    ("train.py --download", "--download needs --data cifar10 or cifar100"),
     ("train.py --init-from {run}", "--init-from needs the stage to train"),
+    ("train.py --device cuda", "--device cuda: PyTorch"),
+    ("sample.py a-cat --device cuda", "--device cuda: PyTorch"),
+    ("train.py b --run {damaged}", "text.pt is damaged"),
+    ("train.py a --run {unfit}", "options.json is not JSON"),
 ])
 def test_bad_commands_get_one_clear_line(run, tmp_path, command, message):
-    shutil.copytree(run, tmp_path / "begun", ignore=shutil.ignore_patterns("[abc].pt"))  # only text.pt is finished
-    command = command.format(run=run, begun=tmp_path / "begun", none=tmp_path / "none")
-    name, *words = command.split()
+    if "--device cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    places = {name: tmp_path / name for name in ("begun", "damaged", "unfit", "none")}
+    for name in ("begun", "damaged"):
+        shutil.copytree(run, places[name], ignore=shutil.ignore_patterns("[abc].pt", "clip.pt"))  # text.pt is finished
+    (places["damaged"] / "text.pt").write_bytes((run / "text.pt").read_bytes()[:-1000])
+    (places["damaged"] / "a.pt").touch()
+    places["unfit"].mkdir()
+    (places["unfit"] / "options.json").write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    name, *words = command.format(run=run, **places).split()
     assert message in last_words(name, "--run", tmp_path / "x", *words)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written
+
+
+@pytest.mark.parametrize("parse_args, option, values", [
+    (train.parse_args, "--steps", (-1, 0, 1.5)), (train.parse_args, "--batch-size", (1, 10**9)),
+    (train.parse_args, "--lr", ("inf", 0, "nan", -1e-3)), (train.parse_args, "--cache", (0, "all")),
+    (train.parse_args, "--seed", (-1, 2**40)), (train.parse_args, "--workers", (-2, 10**4)),
+    (train.parse_args, "--log-every", (0,)), (train.parse_args, "--save-every", (-5, 0)),
+    (train.parse_args, "--image-size", (31, -64, 10**5)), (sample.parse_args, "--count", (0, -1)),
+    (sample.parse_args, "--seed", (-1, 2**64)), (sample.parse_args, "--height", (-64, 0)),
+    (sample.parse_args, "--width", (10**9, "wide")), (sample.parse_args, "--steps-c", (0, -1)),
+    (sample.parse_args, "--steps-b", (0, 10**7)), (sample.parse_args, "--cfg", ("nan", "inf", -2)),
+    (sample.parse_args, "--cfg-b", ("nan", "-inf", 1000)), (sample.parse_args, "--strength", (1.01, -0.1, "nan")),
+    (sample.parse_args, "--out", ("star", "a.txt", ".", "a.xbm", "a.mp4", "none/a.png")),
+    (sample.parse_args, "--film", ("a.jpg", "a.mov", "a.bmp", "none/a.gif"))])
+def test_values_out_of_range_are_refused(parse_args, option, values, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in values:
+        with pytest.raises(SystemExit) as stopped:
+            parse_args([f"{option}={value}"])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and f"argument {option}: " in said and (str(value) in said or "write into none" in said)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_ends_a_script(capsys):
+    """One line for what a user can mend, even from another process; a traceback for a mistake of ours."""
+    def fail(error):
+        raise error
+    worker = "Caught OSError in DataLoader worker process 0.\\nOriginal Traceback:\\nOSError: can't read a.png"
+    for error, said in ((sample.UserError("no a.pt"), "error: no a.pt"), (OSError(28, "No space left"), "28. No"),
+                        (OSError(worker.replace("\\n", "\n")), "error: OSError: can't read a.png"),
+                        (MemoryError(), "MemoryError"), (KeyboardInterrupt(), "\nstopped here"),
+                        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: DefaultCPU")):
+        with pytest.raises(SystemExit, match=said):
+            sample.run_script(lambda: fail(error), "stopped here")
+    for error in (ValueError("x"), IndexError(), RuntimeError("shapes"), AssertionError()):
+        with pytest.raises(type(error)):
+            sample.run_script(lambda: fail(error), "stopped here")
+
+
+def test_a_terminal_that_can_print_little(run, tmp_path):
+    """What it can't print is written as numbers, and the image all the same."""
+    done = run_script("sample.py", "ένα αστέρι " * 30, "--run", run, "--out", tmp_path / "a.png", "--steps-c", "1",
+                      "--steps-b", "1", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "left out" in done.stdout and "never seen in training: \\u03ad" in done.stdout
+    assert Image.open(tmp_path / "a.png").size == (64, 64)

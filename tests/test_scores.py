@@ -158,10 +158,10 @@ def test_score_of_another_data_set_without_clip(run, tmp_path, monkeypatch, caps
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "options.json").write_text(json.dumps(dict(data="photos")))
     asked = []
-    monkeypatch.setattr(score, "open_data", lambda *how: asked.append(how) or Photos())
+    monkeypatch.setattr(score, "open_data", lambda args: asked.append(args) or dict(test=Photos()))
     score.main(["--run", str(tmp_path), *FEW])
     rows = json.loads((tmp_path / "score.json").read_text("utf-8"))["rows"]
-    assert all(how == (argparse.Namespace(data="photos", image_size=64), "test") for how in asked)
+    assert asked == [argparse.Namespace(data="photos", image_size=64)]
     assert rows["drawn"] == {} and list(rows["rebuilt by A"]) == ["PSNR"] and "drawn, held-out pairs" not in rows
     assert f"No CLIP score: {tmp_path} has no clip.pt" in capsys.readouterr().out
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from score import check, find_blobs, whole
+from score import check, find_blobs, parse, whole
 from train import (BACKGROUNDS, COLOURS, HELD_OUT, OUTLINES, RELATIONS, SIZES, SPLITS, TINT, Shapes, draw,
-                   hard_negatives, parse, reserved, split_of, words_between)
+                   hard_negatives, reserved, split_of, words_between)
 
 
 def pairs(caption):
@@ -143,7 +143,7 @@ def test_checker_refuses_a_changed_attribute(attribute):
 
 
 def test_checker_answers_for_what_is_named():
-    image = draw("a small red circle above a big blue star on a white background", np.random.default_rng(0))
+    image = draw(parse("a small red circle above a big blue star on a white background"), np.random.default_rng(0))
     assert check(image, "a red circle above a big blue star") == {
         "colour": [True, True], "shape": [True, True], "size": [True], "relation": [True], "background": [],
         "count": [True]}
@@ -158,9 +158,9 @@ def test_checker_counts_objects():
     caption = "a small red circle above a big blue star"
     answer = check(np.full((128, 128, 3), 243, np.uint8), caption)  # an empty image
     assert not any(itertools.chain(*answer.values())) and len(answer["colour"]) == 2
-    one = check(draw(caption + " on a white background", rng), "a small red circle")
+    one = check(draw(parse(caption + " on a white background"), rng), "a small red circle")
     assert one.pop("count") == [False] and whole(one)  # one object too many, but the attributes are right
-    lone = check(draw("a big blue star", rng), caption)
+    lone = check(draw(parse("a big blue star"), rng), caption)
     assert lone["count"] == lone["relation"] == [False] and lone["colour"] == [False, True]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sample
-from conftest import HERE
+from sample import EXAMPLE
 from score import check_all, psnr
 from train import Shapes
 from wuerstchen import Wuerstchen
@@ -13,7 +13,7 @@ from wuerstchen import Wuerstchen
 
 @pytest.fixture(scope="module")
 def model():
-    return Wuerstchen.load(HERE / "tests" / "shapes")
+    return Wuerstchen.load(EXAMPLE)
 
 
 @pytest.mark.parametrize("split", ["test", "heldout"])
@@ -31,10 +31,20 @@ def test_it_rebuilds_images(model):
     assert check_all(by_a, captions)["whole"] == 1 and check_all(by_b, captions)["whole"] >= 0.85
 
 
-def test_sample_draws_with_it_until_there_is_a_run_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_sample_draws_with_it_unless_told_otherwise(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for chosen in (HERE / "tests" / "shapes", "runs/tiny"):
-        sample.main(["a red circle", "--steps-c", "10", "--device", "cpu"])
-        assert f"drawing with {chosen}\n" in capsys.readouterr().out
+    shutil.copytree(EXAMPLE, "runs/tiny")
+    for command, said in (([], f"drawing with {EXAMPLE}, which comes with the code\n"),
+                          (["--run", "runs/tiny"], "drawing with runs/tiny\n")):
+        sample.main(["a red circle", "--steps-c", "10", "--device", "cpu", *command])
+        output = capsys.readouterr().out
+        assert said in output and f"PyTorch {torch.__version__} on cpu, float32, " in output
         assert check_all(sample.to_tensor(sample.Image.open("out.png"))[None], ["a red circle"])["whole"] == 1
-        shutil.copytree(HERE / "tests" / "shapes", "runs/tiny", dirs_exist_ok=True)
+
+
+def test_words_that_it_has_never_seen_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["a small RED pony below two blue ponys", "--negative", "a zebra", "--steps-c", "1", "--steps-b", "1"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("never seen")]
+    assert said == ["never seen in training: pony, two, ponys", "never seen in training: zebra"]
+    assert sample.Image.open("out.png").size == (128, 128)

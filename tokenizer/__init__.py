@@ -6,6 +6,7 @@ The text is cut into pieces: words, digits, punctuation. Each piece is encoded a
 bytes, one symbol per byte. The last symbol gets "</w>", the end of a word. Then neighbouring symbols are merged, in
 the order in which training learned the merges. All 256 bytes are in the vocabulary, so no text is ever unknown.
 """
+import codecs
 import html
 import json
 import unicodedata
@@ -84,14 +85,15 @@ class Tokenizer:
     length     tokens per caption, with START, END and padding; 77 in CLIP
     pad_token  fills the row after END: END itself in CLIP ViT-H/14, "!" in ViT-bigG/14
     repair     see `clean`. True in the code of the CLIP paper; False for the published Stages B and C
+    seen       the pieces of the captions that it was trained on; None for a published tokenizer
 
     START, END and the pad token can also stand in a caption; each becomes its single id, as in `transformers`. So if
     "!" is the pad token, "wow!!" ends with two pad ids.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77, pad_token: str = END,
-                 repair: bool = False):
-        self.vocab, self.length, self.pad_token, self.repair = vocab, length, pad_token, repair
+                 repair: bool = False, seen: set[str] | None = None):
+        self.vocab, self.length, self.pad_token, self.repair, self.seen = vocab, length, pad_token, repair, seen
         self.tokens = {i: token for token, i in vocab.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.special = (START, END, pad_token)
@@ -136,7 +138,7 @@ class Tokenizer:
                         counts[pair] += n
 
         tokens = dict.fromkeys([*ALPHABET, *(left + right for left, right in learned), START, END])  # no token twice
-        return cls({token: i for i, token in enumerate(tokens)}, learned, length, repair=True)
+        return cls({token: i for i, token in enumerate(tokens)}, learned, length, repair=True, seen=set(pieces))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -150,10 +152,12 @@ class Tokenizer:
         pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
         length = config.get("model_max_length") or 77
         length = 77 if length > 1_000_000 else length  # some published files hold 10^30, which means "not set"
-        return cls(read_json(folder / "vocab.json"), merges, length, pad_token, config.get("repair", False))
+        seen = set(read_text(path).split()) if (path := folder / "seen.txt").exists() else None
+        return cls(read_json(folder / "vocab.json"), merges, length, pad_token, config.get("repair", False), seen)
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json. CLIPTokenizer of `transformers` can read them too."""
+        """Write vocab.json, merges.txt and tokenizer_config.json, which CLIPTokenizer of `transformers` can read, too, and
+        seen.txt."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "pad_token": self.pad_token,
@@ -162,6 +166,8 @@ class Tokenizer:
         (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if self.seen is not None:
+            (folder / "seen.txt").write_text("\n".join(sorted(self.seen)) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self.vocab)
@@ -213,10 +219,29 @@ class Tokenizer:
         """The end of the text that does not fit into `length` tokens; "" if all of it fits."""
         return self.decode(self.encode(text)[self.length - 2:])
 
+    def unseen(self, text: str) -> list[str]:
+        """The pieces of the text that no training caption had; none if these are not known."""
+        return [] if self.seen is None else [piece for piece in split(text, self.special, self.repair)
+                                             if piece not in self.seen]
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises ValueError, with the name of the file, if it is not JSON."""
+
+class UserError(ValueError):
+    """What a user can mend. The scripts print it as one line, without a traceback."""
+
+
+def read_text(path: str | Path) -> str:
+    """The text in a file: UTF-8 or UTF-16, with or without a byte order mark; failing that, Windows-1252."""
+    data = Path(path).read_bytes()
+    utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in data
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises UserError, with the name of the file, if it is not JSON."""
+    try:
+        return json.loads(read_text(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
