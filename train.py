@@ -346,7 +346,7 @@ def list_images(folder, coco, left_out):
     captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
     left_out["no caption, left out"] += sorted(images - captions.keys())
     names = {path.relative_to(folder).as_posix(): path for path in captions}
-    if not 0 < len(testing) < len(names):
+    if len(testing) == len(names) or not any(readable(path, (32, 32)) for path in sorted(testing)):
         first = next((name for name in sorted(names) if readable(names[name], (32, 32))), None)
         testing = {path for name, path in names.items() if name == first or reserved(name)}
     items = {split: [(str(path), captions[path]) for _, path in sorted(names.items())

@@ -319,9 +319,9 @@ def byte_pairs(m):
         "split with repair: \"&amp;\" is \"&\"":
             ("split(caption, repair=True)", "split(caption)"),
         "the tokenizer must repair the text that it encodes as well":
-            ("learned, length, repair=True)", "learned, length)"),
+            ("learned, length, repair=True, seen", "learned, length, seen"),
         "the tokenizer must have the length that was asked for":
-            ("learned, length, repair=True)", "learned, repair=True)"),
+            ("learned, length, repair=True, seen", "learned, repair=True, seen"),
         "ids count up from 0":
             ("{token: i for i, token in enumerate(tokens)}", "{token: i for i, token in enumerate(tokens, 1)}"),
     },

@@ -2,6 +2,7 @@
 import gzip
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ def published(golden, **options):
 @pytest.mark.parametrize("column, pad_token", [(1, END), (2, "!")])
 def test_as_transformers(column, pad_token, golden):
     tokenizer = published(golden, pad_token=pad_token)
-    wrong = [row[0] for row in golden["plain"] if tokenizer.encode(row[0]) != row[column]]
-    assert len(golden["plain"]) > 3000 and not wrong
+    # The Unicode tables of an older Python lack the lower case of newer scripts.
+    rows = [row for row in golden["plain"] if all(unicodedata.category(c) != "Cn" for c in row[0])]
+    assert len(rows) > 3000 and not [row[0] for row in rows if tokenizer.encode(row[0]) != row[column]]
 
 
 def test_repaired_as_the_paper_s_code(golden):

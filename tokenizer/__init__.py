@@ -107,8 +107,8 @@ class Tokenizer:
         Pairs are counted within pieces (of `split` with repair; START and END are left out); "aaa" holds (a, a) twice.
         If two pairs are equally frequent, the one that sorts first wins, so the order of the captions does not matter.
         Training stops after `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, the merged
-        symbols as they were learned, START and END, each once; the tokenizer has repair=True. TypeError if the captions
-        are one str.
+        symbols as they were learned, START and END, each once; the tokenizer has repair=True and the pieces as `seen`.
+        TypeError if the captions are one str.
 
         >>> list(Tokenizer.train(["low low lot", "lot low"]).ranks)
         [('l', 'o'), ('lo', 'w</w>'), ('lo', 't</w>')]
