@@ -379,9 +379,9 @@ class Images(Dataset):
                     return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
                 except OSError as error:
                     self.unreadable.add(i)
-                    print(f"skipped an image: {error}", file=sys.stderr)
+                    tqdm.write(f"skipped an image: {error}", file=sys.stderr)
             index += 1
-        raise UserError(f"none of {len(self.items)} images can be read: {self.items[0][0]}, for one")
+        raise UserError(f"none of {len(self.items)} images can be read")
 
 
 def open_data(args):
