@@ -55,10 +55,11 @@ def load_image(file, size, background="white"):
 
 def load_mask(image, mask, size):
     """The mask of an image, two files -> (H, W) bool, True where it is white; transparency counts as black"""
+    white = to_tensor(load_image(mask, size, "black")).mean(dim=-1) > 0.5
     (w, h), (mask_w, mask_h) = (ImageOps.exif_transpose(Image.open(file)).size for file in (image, mask))
     if abs(w * mask_h - h * mask_w) > max(w, h):
         raise UserError(f"{mask} has another shape than {image}: {mask_w}x{mask_h} and {w}x{h} pixels")
-    return to_tensor(load_image(mask, size, "black")).mean(dim=-1) > 0.5
+    return white
 
 
 def to_tensor(image):
@@ -248,8 +249,8 @@ def image_file(path, **options):
         Image.new("RGB", (64, 64)).save(io.BytesIO(), kind, **options)
     except Exception as error:  # of many kinds
         raise argparse.ArgumentTypeError(f"Pillow can't write such a file: {path}") from error
-    if not os.access(Path(path).parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"can't write into {Path(path).parent}")
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"can't write {path}")
     return path
 
 

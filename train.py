@@ -124,9 +124,9 @@ def random_scene(rng):
     return Scene([first, second], one_of(RELATIONS), background)
 
 
-def reserved(name):
-    """Whether a caption or a file is kept for testing: one in sixteen, by a hash of its name."""
-    return zlib.crc32(name.encode(errors="surrogatepass")) % 16 == 0
+def reserved(caption):
+    """Whether a caption is kept for testing: one in sixteen, by a hash."""
+    return zlib.crc32(caption.encode()) % 16 == 0
 
 
 def split_of(scene):
@@ -207,9 +207,10 @@ CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels 
 
 def download(data, data_dir):
     """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it, unless it lies there whole."""
-    folder, archive, sha256, skip, _, files = CIFAR[data]
+    folder, archive, sha256, skip, names, files = CIFAR[data]
     target, paths = data_dir / archive, {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
-    if all(path.exists() and path.stat().st_size == size for path, size in paths.items()):
+    if all(path.exists() and path.stat().st_size == size for path, size in paths.items()) and (
+            data_dir / folder / names).exists():
         return
     data_dir.mkdir(parents=True, exist_ok=True)
     if not target.exists() or hashlib.sha256(target.read_bytes()).hexdigest() != sha256:
@@ -326,16 +327,16 @@ def list_images(folder, coco, left_out):
               if (file.suffix == ".json" if coco else file.name in ("metadata.csv", "metadata.jsonl"))]
     others = {*files} - {*tables, *texts.values()}
     images = {file for file in tqdm(others, "images", delay=5) if file.is_file() and readable(file)}
-    left_out["not an image"] += sorted(others - images)
+    left_out["Pillow can't open"] += sorted(others - images)
     beside = {path: tidy(read_text(texts[path.with_suffix("")]).splitlines())
               for path in images if path.with_suffix("") in texts}
     listed, testing = {}, set()
     for table in [table for table in tables if "captions" in table.name] or tables:
         subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
-        places = (folder / subset, table.parent, folder / "images" / subset, folder / "images", folder)
+        by_name = {path.name: path for path in images} if coco else {}  # look-alikes have other folders
         for name, lines in read_table(table, left_out).items():
-            paths = (Path(os.path.normpath(place / name)) for place in places)
-            if path := next((path for path in paths if path in images), None):
+            paths = (Path(os.path.normpath(place / name)) for place in (folder / subset, table.parent))
+            if path := next((path for path in paths if path in images), by_name.get(Path(name).name)):
                 listed.setdefault(path, []).extend(lines)
                 testing |= {path} if coco and "val" in subset else set()
             else:
@@ -347,8 +348,10 @@ def list_images(folder, coco, left_out):
     left_out["no caption, left out"] += sorted(images - captions.keys())
     names = {path.relative_to(folder).as_posix(): path for path in captions}
     if len(testing) == len(names) or not any(readable(path, (32, 32)) for path in sorted(testing)):
-        first = next((name for name in sorted(names) if readable(names[name], (32, 32))), None)
-        testing = {path for name, path in names.items() if name == first or reserved(name)}
+        hashes = {name: hashlib.md5(name.encode(errors="surrogatepass"), usedforsecurity=False).digest() for name in names}
+        first = next((path for _, path in sorted(names.items()) if readable(path, (32, 32))), None)
+        testing = {first, *(path for name, path in names.items() if hashes[name][0] < 16)}
+        testing = testing if len(testing) < len(names) else {first}
     items = {split: [(str(path), captions[path]) for _, path in sorted(names.items())
                      if (path in testing) == (split == "test")] for split in ("train", "test")}
     by_folder = f", {len(named)} of them the name of a folder" if named else ""
@@ -1049,6 +1052,8 @@ def parse_args(argv=None):
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
     if args.download and args.data not in CIFAR:
         parser.error(f"--download needs --data {' or '.join(CIFAR)}")
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        parser.error("--compile needs a C++ compiler")
     if args.init_from and args.stage not in TRAIN:
         parser.error(f"--init-from needs the stage to train: {', '.join(TRAIN)}")
     return args

@@ -36,7 +36,7 @@ import mmap
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -145,8 +145,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        types = {field.name: field.type for field in fields(cls)}
-        return cls(**{name: types[name](**value) if isinstance(value, dict) else value for name, value in d.items()})
+        """What `asdict` made of a Config. UserError for anything else."""
+        try:
+            parts = {field.name: field.type for field in fields(cls) if is_dataclass(field.type)}
+            return cls(**{name: parts[name](**value) if name in parts else value for name, value in d.items()})
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"config.json: {error}") from error
 
 
 PRESETS = {

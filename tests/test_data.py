@@ -124,7 +124,7 @@ def test_three_ways_to_give_captions(tmp_path):
 
 @pytest.mark.parametrize("text, encoding", [("grüße, ça va", "utf-8"), ("grüße, ça va", "utf-8-sig"),
                                             ("grüße, ça va", "cp1252"), ("“ein Löwe” – 5 €", "cp1252"),
-                                            ("лев и 狮子", "utf-16"), ("狮子", "utf-16"), ("a lion", "utf-16-le")])
+                                            ("лев и 狮子", "utf-16"), ("狮子", "utf-16"), ("a lion", "utf-16-le"), ("ein Löwe", "utf-16-be")])
 def test_captions_of_any_encoding(tmp_path, text, encoding):
     folder_of(tmp_path, 2)
     picture(tmp_path / "lion.png").with_suffix(".txt").write_bytes(text.encode(encoding))
@@ -153,7 +153,7 @@ def test_what_is_not_an_image_of_the_data_set(tmp_path):
     (data / "notes.md").write_text("words")
     (data / "zero.jpg").touch()
     found, said = listed(data)
-    assert len(found) == 4 and "not an image: 2 (notes.md, zero.jpg)" in said
+    assert len(found) == 4 and "Pillow can't open: 2 (notes.md, zero.jpg)" in said
     if not hasattr(os, "mkfifo"):
         pytest.skip("needs links, pipes and names of any bytes")
     os.mkfifo(data / "pipe.png")
@@ -228,7 +228,7 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     for name in ("cut", "none", "bomb"):
         (tmp_path / f"{name}.txt").write_text(name)
     data = open_data(tmp_path)
-    assert "not an image: 2 (bomb.png, none.jpg)" in capsys.readouterr().out
+    assert "Pillow can't open: 2 (bomb.png, none.jpg)" in capsys.readouterr().out
     data = train.Images([item for split in data.values() for item in split.items], 32)
     seen = [data[i][1] for i in range(48)]
     assert "cut" not in seen and len({caption.split()[-1] for caption in seen}) == 20
@@ -247,12 +247,27 @@ def test_one_image_that_can_be_read_is_kept_for_testing(tmp_path, bad):
     for i in range(40):
         file = picture(tmp_path / f"{i:02}.png")
         file.with_suffix(".txt").write_text(f"image {i}")
-        if i < bad or train.reserved(file.name):
-            file.write_bytes(file.read_bytes()[:60])
+    chosen = names(open_data(tmp_path)["test"].items, tmp_path)[1:]
+    for name in [*chosen, *(f"{i:02}.png" for i in range(bad))]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
     data = open_data(tmp_path)
     images, captions = train.examples(data["test"], 8)
-    assert set(captions) == {f"image {next(i for i in range(bad, 40) if not train.reserved(f'{i:02}.png'))}"}
-    assert f"{tmp_path}/{captions[0].split()[1]:>02}.png" not in dict(data["train"].items)
+    first = next(i for i in range(bad, 40) if f"{i:02}.png" not in chosen)
+    assert chosen and set(captions) == {f"image {first}"}
+    assert f"{tmp_path}/{first:02}.png" not in dict(data["train"].items)
+
+
+@pytest.mark.parametrize("name", ["{}.png", "x/{:03}.jpg", "class {}/1.webp", "IMG_{}.jpeg"])
+def test_neighbours_are_not_kept_for_testing_together(tmp_path, name):
+    for i in range(160):
+        picture(tmp_path / "all" / name.format(i))
+    for i in range(2):
+        picture(tmp_path / "two" / name.format(i))
+    (tmp_path / "all/metadata.csv").write_text("file_name,text\n" + "\n".join(f"{name.format(i)},{i}" for i in range(160)))
+    (tmp_path / "two/metadata.csv").write_text("file_name,text\n" + "\n".join(f"{name.format(i)},{i}" for i in range(2)))
+    testing = [int(captions[0]) // 10 for _, captions in open_data(tmp_path / "all")["test"].items]
+    assert 4 <= len(testing) <= 20 and max(map(testing.count, testing)) <= 4
+    assert [len(data.items) for data in open_data(tmp_path / "two").values()] == [1, 1]
 
 
 def test_one_image_is_too_few(tmp_path):
@@ -292,7 +307,14 @@ def test_coco_and_its_look_alikes(tmp_path):
     assert found == {"images/0.png": ["a"], "images/1.png": ["b"], "images/4.png": ["c", "d"]}
     assert "odd row, left out: 4 (annotations/captions_all.json)" in said and "no caption, left out: 3 (images/2" in said
     assert all(f"captions_{name}.json" in said for name in ("list", "count", "cut")) and "instances" not in said
-    with pytest.raises(train.UserError, match="too few images: 6 images, 0 with captions; .*no caption"):
+    (other / "val").mkdir()
+    for i, name in enumerate(("images/5.png", "val/9.png")):  # one of the same name; and a broken one for validation
+        (other / "annotations/captions_val.json").write_text(json.dumps(dict(
+            images=[dict(id=1, file_name=name.rpartition("/")[2])], annotations=[dict(image_id=1, caption="v")])))
+        assert name not in dict(train.open_data(Namespace(data="coco", data_dir=str(other), image_size=32, seed=0))[
+            "train"].items)
+        picture(other / "val/9.png")
+    with pytest.raises(train.UserError, match="too few images: 7 images, 0 with captions; .*no caption"):
         shutil.rmtree(other / "annotations")
         listed(other, "coco")
 

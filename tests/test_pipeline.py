@@ -101,17 +101,19 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --init-from {run}", "--init-from needs the stage to train"),
     ("train.py --device cuda", "--device cuda: PyTorch"),
     ("sample.py a-cat --device cuda", "--device cuda: PyTorch"),
+    ("train.py text --run {odd}", "config.json: "),
     ("train.py b --run {damaged}", "text.pt is damaged"),
     ("train.py a --run {unfit}", "options.json is not JSON"),
 ])
 def test_bad_commands_get_one_clear_line(run, tmp_path, command, message):
     if "--device cuda" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    places = {name: tmp_path / name for name in ("begun", "damaged", "unfit", "none")}
-    for name in ("begun", "damaged"):
+    places = {name: tmp_path / name for name in ("begun", "damaged", "unfit", "odd", "none")}
+    for name in ("begun", "damaged", "odd"):
         shutil.copytree(run, places[name], ignore=shutil.ignore_patterns("[abc].pt", "clip.pt"))  # text.pt is finished
     (places["damaged"] / "text.pt").write_bytes((run / "text.pt").read_bytes()[:-1000])
     (places["damaged"] / "a.pt").touch()
+    (places["odd"] / "config.json").write_text('{"b": 3}')
     places["unfit"].mkdir()
     (places["unfit"] / "options.json").write_text("{")
     before = sorted(tmp_path.rglob("*"))
@@ -138,7 +140,7 @@ def test_values_out_of_range_are_refused(parse_args, option, values, capsys, tmp
         with pytest.raises(SystemExit) as stopped:
             parse_args([f"{option}={value}"])
         said = capsys.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and f"argument {option}: " in said and (str(value) in said or "write into none" in said)
+        assert stopped.value.code == 2 and f"argument {option}: " in said and str(value) in said
     assert not any(tmp_path.iterdir())
 
 

@@ -232,15 +232,17 @@ class UserError(ValueError):
 def read_text(path: str | Path) -> str:
     """The text in a file: UTF-8 or UTF-16, with or without a byte order mark; failing that, Windows-1252."""
     data = Path(path).read_bytes()
-    utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in data
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    if encoding != "utf-16" and b"\0" in data:  # the other half of an ASCII character in UTF-16
+        encoding = "utf-16-be" if data[0] == 0 else "utf-16-le"
     try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace")
 
 
 def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. Raises UserError, with the name of the file, if it is not JSON."""
+    """What a JSON file holds. Raises UserError, with the name of the file, if it is not JSON."""
     try:
         return json.loads(read_text(path))
     except ValueError as error:
