@@ -261,7 +261,7 @@ def parse_json(text):
 
 
 def get(row, key, kind=object):
-    """row[key], if row is a dictionary and that is of this kind; else an empty object of the kind"""
+    """row[key], if row is a dictionary that has something of this kind there; else an empty object of the kind"""
     value = row.get(key) if isinstance(row, dict) else None
     return value if isinstance(value, kind) else kind()
 
@@ -306,39 +306,45 @@ def find_files(folder, left_out):
     return found
 
 
-def readable(path, size=None):
-    """Whether Pillow can open an image; if a size is given, whether it can load it too."""
+def can_open(path):
+    """Whether Pillow knows a file for an image. It may be broken all the same."""
     try:
         with Image.open(path):
-            return size is None or load_image(path, size) is not None
+            return True
     except Exception:  # Pillow raises many kinds
+        return False
+
+
+def can_load(path):
+    try:
+        return bool(load_image(path, (32, 32)))
+    except OSError:
         return False
 
 
 def list_images(folder, coco, left_out):
     """The images in a folder that have captions: in a .txt file of the same name, one per line; in metadata.csv or
     metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
-    image has any of these, the sub-folder's name. For testing: the images of captions_val*.json, if others are there
-    too; else the first image and one in sixteen, by a hash of its name.
-    -> {split: [(path, captions)]}, and how many were found, in words"""
+    image has any of these, the sub-folder's name.
+    -> {path: captions}, the paths that captions_val*.json names, and how many there are of what, in words"""
     files = find_files(folder, left_out)
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     tables = [file for file in files
               if (file.suffix == ".json" if coco else file.name in ("metadata.csv", "metadata.jsonl"))]
     others = {*files} - {*tables, *texts.values()}
-    images = {file for file in tqdm(others, "images", delay=5) if file.is_file() and readable(file)}
+    images = {file for file in tqdm(others, "images", delay=5) if file.is_file() and can_open(file)}
     left_out["Pillow can't open"] += sorted(others - images)
     beside = {path: tidy(read_text(texts[path.with_suffix("")]).splitlines())
               for path in images if path.with_suffix("") in texts}
-    listed, testing = {}, set()
+    listed, validation = {}, set()
+    by_name = {path.name: path for path in images} if coco else {}  # look-alikes have other folders than COCO
     for table in [table for table in tables if "captions" in table.name] or tables:
         subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
-        by_name = {path.name: path for path in images} if coco else {}  # look-alikes have other folders
         for name, lines in read_table(table, left_out).items():
             paths = (Path(os.path.normpath(place / name)) for place in (folder / subset, table.parent))
             if path := next((path for path in paths if path in images), by_name.get(Path(name).name)):
                 listed.setdefault(path, []).extend(lines)
-                testing |= {path} if coco and "val" in subset else set()
+                validation |= {path} if coco and "val" in subset else set()
             else:
                 left_out["has a caption, but is not there"].append(name)
     captioned = {path.parent for some in (beside, listed) for path, lines in some.items() if lines}
@@ -346,16 +352,20 @@ def list_images(folder, coco, left_out):
              if not coco and path.parent not in {folder, *captioned}}
     captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
     left_out["no caption, left out"] += sorted(images - captions.keys())
-    names = {path.relative_to(folder).as_posix(): path for path in captions}
-    if len(testing) == len(names) or not any(readable(path, (32, 32)) for path in sorted(testing)):
-        hashes = {name: hashlib.md5(name.encode(errors="surrogatepass"), usedforsecurity=False).digest() for name in names}
-        first = next((path for _, path in sorted(names.items()) if readable(path, (32, 32))), None)
-        testing = {first, *(path for name, path in names.items() if hashes[name][0] < 16)}
-        testing = testing if len(testing) < len(names) else {first}
-    items = {split: [(str(path), captions[path]) for _, path in sorted(names.items())
-                     if (path in testing) == (split == "test")] for split in ("train", "test")}
     by_folder = f", {len(named)} of them the name of a folder" if named else ""
-    return items, f"{len(images)} images, {len(names)} with captions{by_folder}; "
+    return captions, validation, f"{len(images)} images, {len(captions)} with captions{by_folder}; "
+
+
+def for_testing(names, validation):
+    """The images kept for testing: those of the validation set, if there are others too; else the first that can be
+    read, and one in sixteen, by a hash of its name (not reserved's: a CRC is the same for a.png to f.png).
+    names: {name: path}, sorted; validation: set of paths -> set of paths"""
+    if len(validation) < len(names) and any(map(can_load, sorted(validation))):
+        return validation
+    first = next(filter(can_load, names.values()), None)
+    digests = (hashlib.md5(name.encode(errors="surrogatepass"), usedforsecurity=False).digest() for name in names)
+    testing = {first, *(path for path, digest in zip(names.values(), digests) if digest[0] < 16)}
+    return testing if len(testing) < len(names) else {first}
 
 
 class Images(Dataset):
@@ -397,7 +407,11 @@ def open_data(args):
     if args.data in CIFAR:
         items = list_cifar(args.data, folder, left_out)
     else:
-        items, found = list_images(folder, args.data == "coco", left_out)
+        captions, validation, found = list_images(folder, args.data == "coco", left_out)
+        names = dict(sorted((path.relative_to(folder).as_posix(), path) for path in captions))
+        testing = for_testing(names, validation)
+        items = {split: [(str(path), captions[path]) for path in names.values() if (path in testing) == (split == "test")]
+                 for split in ("train", "test")}
     found += f"{len(items['train'])} to train on, {len(items['test'])} for testing"
     for reason, names in left_out.items():
         some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
