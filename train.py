@@ -228,8 +228,8 @@ def list_cifar(data, data_dir, left_out):
     folder, _, _, skip, names, files = CIFAR[data]
     place, items, captions = data_dir / folder, dict(train=[], test=[]), []
     if not place.is_dir():
-        python = [path.name for path in data_dir.glob("cifar-*py*") if path.is_dir()]
-        raise UserError(f"no {place}{', only the Python version, ' + python[0] if python else ''}: --download fetches it")
+        python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
+        raise UserError(f"no {place}{''.join(python)}: --download fetches it")
     for name in read_text(place / names).replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
         captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
@@ -358,7 +358,7 @@ def list_images(folder, coco, left_out):
 
 def for_testing(names, validation):
     """The images kept for testing: those of the validation set, if there are others too; else the first that can be
-    read, and one in sixteen, by a hash of its name (not reserved's: a CRC is the same for a.png to f.png).
+    read, and one in sixteen, by a hash of its name (not that of `reserved`: it can't tell a.png from f.png).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation
@@ -410,8 +410,9 @@ def open_data(args):
         captions, validation, found = list_images(folder, args.data == "coco", left_out)
         names = dict(sorted((path.relative_to(folder).as_posix(), path) for path in captions))
         testing = for_testing(names, validation)
-        items = {split: [(str(path), captions[path]) for path in names.values() if (path in testing) == (split == "test")]
-                 for split in ("train", "test")}
+        items = dict(train=[], test=[])
+        for path in names.values():
+            items["test" if path in testing else "train"].append((str(path), captions[path]))
     found += f"{len(items['train'])} to train on, {len(items['test'])} for testing"
     for reason, names in left_out.items():
         some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
@@ -1015,7 +1016,7 @@ def parse_args(argv=None):
     """The options that a command gives; then those of the run; then those that suit the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
                                      "keeps " + ", ".join(SAVED) + "; give other options again.")
-    add = parser.add_argument
+    add, whole = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
     add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; tiny if not given, cifar for CIFAR")
@@ -1028,11 +1029,10 @@ def parse_args(argv=None):
     add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
         "say left or right; if not given, all data but Shapes")
-    add("--steps", type=number(int, 1, 10**9), help="training steps of each stage named; the preset's recipe if not "
-        "given")
+    add("--steps", type=whole, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=number(int, 2, 10**6), help="images per step; the preset's recipe if not given")
     add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=number(int, 1, 10**9), help="training images of Stages B and C, whose latents are computed once; all if not "
+    add("--cache", type=whole, help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the data and the weights (default: %(default)s)")
     add("--device", choices=DEVICES, help="default: auto, the best that there is")
@@ -1041,9 +1041,10 @@ def parse_args(argv=None):
     add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
-    add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main one does)")
-    add("--log-every", type=number(int, 1, 10**9), default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
-    add("--save-every", type=number(int, 1, 10**9), default=250, help="steps between checkpoints and sheets (default: %(default)s)")
+    add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "
+        "one does)")
+    add("--log-every", type=whole, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
+    add("--save-every", type=whole, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
     args = parser.parse_args(argv)
     saved = read_options(args.run)
     if args.init_from and not saved:  # sizes are those of the weights

@@ -37,8 +37,8 @@ def test_hard_negatives_change_only_words_that_are_read():
     assert train.words_read(" ".join(captions), tokenizer) == "w0 w1 w2" and train.words_read("", tokenizer) == ""
     assert train.words_read("w1" * 9000, tokenizer) == ""
     between = train.words_between(["w1 w5 w3", "w1 w2 w3"])
-    wrong, = {tuple(train.hard_negatives(train.words_read(captions[1], tokenizer), between, np.random.default_rng(seed)))
-              for seed in range(9)}
+    read = train.words_read(captions[1], tokenizer)
+    wrong, = {tuple(train.hard_negatives(read, between, np.random.default_rng(seed))) for seed in range(9)}
     ids, _ = tokenizer([captions[1], *wrong])
     assert wrong == ("w1 w5 w3",) and not torch.equal(*ids)
 

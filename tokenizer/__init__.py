@@ -156,8 +156,8 @@ class Tokenizer:
         return cls(read_json(folder / "vocab.json"), merges, length, pad_token, config.get("repair", False), seen)
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, which CLIPTokenizer of `transformers` can read, too, and
-        seen.txt."""
+        """Write vocab.json, merges.txt and tokenizer_config.json, which CLIPTokenizer of `transformers` can read too;
+        and seen.txt."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "pad_token": self.pad_token,
