@@ -52,7 +52,8 @@ from tqdm import tqdm
 from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
 from tokenizer import Tokenizer, UserError, read_json, read_text
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
-                        diffusion_loss, replace_tokens, save_atomically, shrink, token_loss, training_times)
+                        diffusion_loss, load_file, load_state, replace_tokens, save_atomically, shrink, token_loss,
+                        training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
@@ -610,10 +611,10 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
     checkpointed = dict(network=network, average=average, scaler=scaler, **dict(zip(("adamw", "muon"), optimizers)))
     step, bad, warm_up = 0, 0, min(10_000, recipe.steps // 20 + 1)
     if path.exists():
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = load_file(path, map_location=run.device)
         for name, part in checkpointed.items():
             if state[name]:  # a scaler's is empty unless the precision was float16
-                part.load_state_dict(state[name])
+                load_state(part, state[name], path)
         step = state["step"]
         if step > recipe.steps:
             raise UserError(f"{path} is from step {step}: give more --steps, or delete it")
@@ -687,7 +688,7 @@ class Run:
         """What the command gives; the rest as the stage was begun, if it is unfinished, else the preset's."""
         path, begun = self.folder / f"{stage}.ckpt", RECIPES[self.args.preset][stage]
         if path.exists():  # memory-mapped: reads no weights
-            begun = Recipe(**torch.load(path, weights_only=True, mmap=True).get("recipe", asdict(begun)))
+            begun = Recipe(**load_file(path, mmap=True).get("recipe", asdict(begun)))
         given = dict(steps=self.args.steps, batch=self.args.batch_size, lr=self.args.lr)
         return replace(begun, **{name: value for name, value in given.items() if value is not None})
 
@@ -700,9 +701,10 @@ class Run:
             numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
             file.write(json.dumps(numbers) + "\n")
 
-    def load(self, indices):
-        """A batch of training images for each list of indices: (B, H, W, 3) in [0, 1], and the captions of each, one
-        per line."""
+    def load(self, numbers, size):
+        """Batches number `numbers` of the training images: (size, H, W, 3) in [0, 1], and the captions of each image,
+        one per line."""
+        indices = (range(n * size, (n + 1) * size) for n in numbers)
         for images, texts in DataLoader(self.train_data, batch_sampler=indices, num_workers=self.args.workers,
                                         generator=torch.Generator(),  # else it draws from the global one
                                         pin_memory=self.device.type == "cuda"):
@@ -711,9 +713,9 @@ class Run:
     def batches(self, first, recipe):
         """The training batches from step `first` on: images (B, H, W, 3) in [0, 1], with --flip mirrored at random, and
         one of the captions of each"""
-        indices = [range(step * recipe.batch, (step + 1) * recipe.batch) for step in range(first, recipe.steps)]
-        for some, (images, texts) in zip(indices, self.load(indices)):
-            rngs = [np.random.default_rng((self.args.seed, 1, i)) for i in some]
+        steps = range(first, recipe.steps)
+        for step, (images, texts) in zip(steps, self.load(steps, recipe.batch)):
+            rngs = [np.random.default_rng((self.args.seed, 1, step * recipe.batch + i)) for i in range(recipe.batch)]
             if self.args.flip:
                 images = torch.stack([mirror(image, text) if rng.random() < 0.5 else image
                                       for image, text, rng in zip(images, texts, rngs)])
@@ -737,8 +739,9 @@ class Run:
             files, texts = {}, []
             folder.mkdir(parents=True, exist_ok=True)
             # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
-            steps = math.ceil((self.args.cache or len(self.train_data.items)) / 16)
-            for images, own in tqdm(self.load([range(16 * i, 16 * (i + 1)) for i in range(steps)]), name, steps):
+            count = len(self.train_data.items) if isinstance(self.train_data, Images) else math.inf
+            steps = math.ceil(min(self.args.cache or count, count) / 16)
+            for images, own in tqdm(self.load(range(steps), 16), name, steps):
                 if self.args.flip:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
@@ -1015,7 +1018,8 @@ def pick_precision(device):
 def parse_args(argv=None):
     """The options that a command gives; then those of the run; then those that suit the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
-                                     "keeps " + ", ".join(SAVED) + "; give other options again.")
+                                     "keeps " + ", ".join(SAVED) + ", and an unfinished stage its steps, batch size "
+                                     "and learning rate; give other options again.")
     add, whole = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")

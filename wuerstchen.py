@@ -1090,6 +1090,22 @@ def save_atomically(path, content):
         new.unlink(missing_ok=True)
 
 
+def load_file(path, **options):
+    """torch.load of what `save_atomically` wrote. UserError for anything else."""
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"can't read {path}: it may be damaged") from error
+
+
+def load_state(part, state, path):
+    """part.load_state_dict of what came from a file. UserError if it does not fit."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit the sizes in config.json") from error
+
+
 def add_negatives(prompts, negative):
     """B prompts, then their negative prompts for the unconditional branch: one string for all, or B."""
     return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
@@ -1222,16 +1238,12 @@ class Wuerstchen(nn.Module):
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
         model = cls(Config.from_dict(read_json(folder / "config.json")), *tokenizers)
         for stage in stages:
-            path = folder / f"{stage}.pt"
-            try:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-                for name in STAGES[stage]:
-                    if name in weights:
-                        getattr(model, name).load_state_dict(weights[name])
-                    else:  # made from published weights without the compressor
-                        setattr(model, name, None)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(f"{path} is damaged, or of other sizes than config.json says") from error
+            weights = load_file(folder / f"{stage}.pt", map_location="cpu")
+            for name in STAGES[stage]:
+                if name in weights:
+                    load_state(getattr(model, name), weights[name], f"{folder / stage}.pt")
+                else:  # made from published weights without the compressor
+                    setattr(model, name, None)
         return model.eval()
 
     @classmethod

@@ -102,7 +102,7 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --device cuda", "--device cuda: PyTorch"),
     ("sample.py a-cat --device cuda", "--device cuda: PyTorch"),
     ("train.py text --run {odd}", "config.json: "),
-    ("train.py b --run {damaged}", "text.pt is damaged"),
+    ("train.py b --run {damaged}", "text.pt: it may be damaged"),
     ("train.py a --run {unfit}", "options.json is not JSON"),
 ])
 def test_bad_commands_get_one_clear_line(run, tmp_path, command, message):
