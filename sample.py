@@ -131,13 +131,13 @@ def pick_device(name=None):
     """One of DEVICES; "auto" and None: the best that there is. UserError if it is not there."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if not there.get(name, True):
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds none here")
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device; --device cpu works")
     return name if name in there else max(there, key=there.get)
 
 
 def print_machine(device, precision):
     name = f"{device} ({torch.cuda.get_device_name()})" if device == "cuda" else device
-    print(f"PyTorch {torch.__version__} on {name}, {precision}, {torch.get_num_threads()} CPU threads")
+    print(f"PyTorch {torch.__version__} on {name}, {precision}, CPU threads: {torch.get_num_threads()}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def number(kind, low, high):
     """For argparse: an int or a float from low to high, both included."""
     def parse(text):
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own message
     return parse
@@ -248,7 +248,7 @@ def image_file(path, **options):
         kind = Image.registered_extensions()[Path(path).suffix.lower()]
         Image.new("RGB", (64, 64)).save(io.BytesIO(), kind, **options)
     except Exception as error:  # of many kinds
-        raise argparse.ArgumentTypeError(f"Pillow can't write such a file: {path}") from error
+        raise argparse.ArgumentTypeError(f"Pillow can't write such a file: {path}; a.png and a.gif work") from error
     if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"can't write {path}")
     return path
@@ -321,7 +321,7 @@ def main(argv=None):
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         sheet = draw(model, args)
     sheet.save(args.out)
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}" + f" and {args.film}" * bool(args.film))
 
 
 def draw(model, args):

@@ -288,7 +288,7 @@ def read_table(file, left_out):
         else:
             left_out["odd row, left out"].append(file)
     if not captions:
-        left_out["has no captions"].append(file)
+        left_out["no file_name with text or caption"].append(file)
     return captions
 
 
@@ -419,7 +419,7 @@ def open_data(args):
         some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
         found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
     if not all(items.values()):
-        raise UserError(f"{folder}: too few images: {found}")
+        raise UserError(f"{folder}: too few images with captions: {found}")
     print(f"{folder}: {found}")
     return {split: Images(items[split], args.image_size, args.seed) for split in items}
 
@@ -618,8 +618,9 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         step = state["step"]
         if step > recipe.steps:
             raise UserError(f"{path} is from step {step}: give more --steps, or delete it")
-        begun = Recipe(**state.get("recipe", asdict(recipe)))
-        print(f"stage {stage}: resuming from step {step}" + f", begun with {begun}, now {recipe}" * (begun != recipe))
+        changed = [f", {name} {value} (begun with {state['recipe'][name]})" for name, value in asdict(recipe).items()
+                   if value != state.get("recipe", asdict(recipe))[name]]
+        print(f"stage {stage}: resuming from step {step}{''.join(changed)}")
     for module in network.modules():
         if args.compile and isinstance(module, (StageB, StageC)):
             module.compile()
@@ -981,7 +982,9 @@ def train_c(run):
 def draw_curves(folder):
     """Writes the losses of all stages to curves.png, each point the mean over about a fiftieth of the steps."""
     curves = {}
-    for line in filter(None, map(parse_json, (folder / "metrics.jsonl").read_text().splitlines())):
+    for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
+        if not isinstance(line, dict):
+            continue
         curve = curves.setdefault(line["stage"], [])
         while curve and curve[-1][0] >= line["step"]:  # done again
             curve.pop()
@@ -1019,7 +1022,7 @@ def parse_args(argv=None):
     """The options that a command gives; then those of the run; then those that suit the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
                                      "keeps " + ", ".join(SAVED) + ", and an unfinished stage its steps, batch size "
-                                     "and learning rate; give other options again.")
+                                     "and learning rate; give other options again, for the stages after it too.")
     add, whole = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
@@ -1063,10 +1066,15 @@ def parse_args(argv=None):
     for name, value in ({"init_from": None, "tokens": False} | saved).items() if saved else ():
         if name in FIXED and getattr(args, name) != value:
             parser.error(f"{args.run} was begun with {name} {value}; take another --run")
-    if (args.data_dir is None) != (args.data == "shapes"):
-        parser.error(f"--data-dir and --data {', '.join((*CIFAR, 'coco', 'folder'))} need each other")
-    if args.data_dir and Path(args.data_dir).resolve() == Path(args.run).resolve():
-        parser.error("--run and --data-dir must be two folders")
+    if bool(args.data_dir) == (args.data == "shapes"):
+        parser.error(f"--data-dir is needed with --data {', '.join((*CIFAR, 'coco', 'folder'))}, and only there")
+    taken = [Path(__file__).parent, Path(args.data_dir or __file__)]
+    if not args.run or Path(args.run).resolve() in [place.resolve() for place in taken]:
+        parser.error("--run must be a folder of its own")
+    if not saved and any(Path(args.run, f"{stage}.pt").exists() for stage in TRAIN):
+        parser.error(f"{args.run} has no options.json: it is only a part of a run; take another --run")
+    if args.init_from and not Path(args.init_from).is_dir():
+        parser.error(f"--init-from {args.init_from}: there is no such folder")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
     if args.download and args.data not in CIFAR:
@@ -1100,8 +1108,8 @@ def begin(args, captions):
             Wuerstchen(config, tokenizer).save(args.run, stages=())
     counts = collections.Counter(captions)
     longer = sum(n for caption, n in counts.items() if tokenizer.overflow(caption)) / len(captions)
-    print(f"tokenizer: {len(tokenizer)} tokens; of a caption, {tokenizer.length} are read" +
-          f", and {longer:.1%} of the captions are longer" * (longer > 0))
+    print(f"tokenizer: a vocabulary of {len(tokenizer)} tokens, captions of up to {tokenizer.length} tokens" +
+          f"; {longer:.1%} of the captions are longer, and are cut" * (longer > 0))
 
 
 def main(argv=None):

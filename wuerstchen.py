@@ -1232,7 +1232,7 @@ class Wuerstchen(nn.Module):
     def load(cls, folder, stages=tuple(STAGES)):
         """A model from a run folder, in evaluation mode. FileNotFoundError if the folder or a stage is missing."""
         folder = Path(folder)
-        for path in (folder / "config.json", *(folder / f"{stage}.pt" for stage in stages)):
+        for path in (folder / "config.json", folder / "tokenizer", *(folder / f"{stage}.pt" for stage in stages)):
             if not path.exists():
                 raise FileNotFoundError(f"no {path}: train it first: python train.py --run {folder}")
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]

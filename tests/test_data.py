@@ -273,7 +273,7 @@ def test_neighbours_are_not_kept_for_testing_together(tmp_path, name):
 def test_one_image_is_too_few(tmp_path):
     folder_of(tmp_path, 1)
     picture(tmp_path / "silent.png")
-    with pytest.raises(train.UserError, match="too few images: 2 images, 1 with captions.*no caption.*silent.png"):
+    with pytest.raises(train.UserError, match="too few images with captions: 2 images, 1 with.*no caption.*silent"):
         open_data(tmp_path)
     folder_of(tmp_path, 2)
     assert [len(data.items) for data in open_data(tmp_path).values()] == [1, 1]
@@ -314,7 +314,7 @@ def test_coco_and_its_look_alikes(tmp_path):
         assert name not in dict(train.open_data(Namespace(data="coco", data_dir=str(other), image_size=32, seed=0))[
             "train"].items)
         picture(other / "val/9.png")
-    with pytest.raises(train.UserError, match="too few images: 7 images, 0 with captions; .*no caption"):
+    with pytest.raises(train.UserError, match="too few images with captions: 7 images, 0 with captions; .*no caption"):
         shutil.rmtree(other / "annotations")
         listed(other, "coco")
 
@@ -341,7 +341,7 @@ def test_cifar(tmp_path, data, name, baby):
             open_data(tmp_path, data)
     files[0].unlink()
     (tmp_path / folder / f"test{'_batch' * (data == 'cifar10')}.bin").unlink()
-    with pytest.raises(train.UserError, match=r"too few images: .*missing or incomplete: \d \(test"):
+    with pytest.raises(train.UserError, match=r"too few images with captions: .*missing or incomplete: \d \(test"):
         open_data(tmp_path, data)
     (tmp_path / folder).rename(tmp_path / f"cifar-{data[5:]}-batches-py")
     with pytest.raises(train.UserError, match="only cifar-10+-batches-py, the Python version: --download fetches it"):

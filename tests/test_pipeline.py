@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 import train
-from conftest import SMALL, metrics, run_script
+from conftest import HERE, SMALL, metrics, run_script
 from small import last_words
 from wuerstchen import Wuerstchen
 
@@ -91,12 +91,16 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --preset huge", "invalid choice: 'huge'"),
     ("train.py --image-size 50", "multiple of 32"),
     ("train.py --image-size 128 --run {run}", "image_size 64"),
-    ("train.py --data cifar10", "--data-dir and --data cifar10, cifar100, coco, folder need each other"),
-    ("train.py --data-dir {run}", "--data-dir and --data cifar10, cifar100, coco, folder need each other"),
+    ("train.py --data cifar10", "--data-dir is needed with --data cifar10, cifar100, coco, folder, and only"),
+    ("train.py --data-dir {run}", "--data-dir is needed with --data cifar10, cifar100, coco, folder, and only"),
     ("train.py --data cifar10 --data-dir {run}", "cifar-10-batches-bin: --download fetches it"),
     ("train.py --data folder --data-dir {none}", "none is not a folder"),
-    ("train.py --data folder --data-dir {none} --run {none}/../none", "must be two folders"),
+    ("train.py --data folder --data-dir {none} --run {none}/../none", "must be a folder of its own"),
     ("train.py --data folder --data-dir {run}", "too few images"),
+    ("train.py --data folder --data-dir {run} --run {code}", "must be a folder of its own"),
+    ("train.py --run=", "must be a folder of its own"), ("train.py --data folder --data-dir=", "--data-dir is needed"),
+    ("train.py --run {part}", "it is only a part of a run"), ("sample.py a-cat --run {part}", "/tokenizer: train it"),
+    ("train.py b --init-from {none}", "there is no such folder"),
     ("train.py --download", "--download needs --data cifar10 or cifar100"),
     ("train.py --init-from {run}", "--init-from needs the stage to train"),
     ("train.py --device cuda", "--device cuda: PyTorch"),
@@ -108,16 +112,17 @@ def test_the_script_as_a_command(run, tmp_path):
 def test_bad_commands_get_one_clear_line(run, tmp_path, command, message):
     if "--device cuda" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    places = {name: tmp_path / name for name in ("begun", "damaged", "unfit", "odd", "none")}
+    places = {name: tmp_path / name for name in ("begun", "damaged", "unfit", "odd", "part", "none")}
     for name in ("begun", "damaged", "odd"):
         shutil.copytree(run, places[name], ignore=shutil.ignore_patterns("[abc].pt", "clip.pt"))  # text.pt is finished
     (places["damaged"] / "text.pt").write_bytes((run / "text.pt").read_bytes()[:-1000])
     (places["damaged"] / "a.pt").touch()
     (places["odd"] / "config.json").write_text('{"b": 3}')
+    shutil.copytree(run, places["part"], ignore=shutil.ignore_patterns("options.json", "tokenizer"))
     places["unfit"].mkdir()
     (places["unfit"] / "options.json").write_text("{")
     before = sorted(tmp_path.rglob("*"))
-    name, *words = command.format(run=run, **places).split()
+    name, *words = command.format(run=run, code=HERE, **places).split()
     assert message in last_words(name, "--run", tmp_path / "x", *words)
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written
 
