@@ -45,7 +45,7 @@ def load_image(file, size, background="white"):
         image.draft("RGB", (2 * size[1], 2 * size[0]))  # a large JPEG need not be decoded in full
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: convert() would clip, not scale
-            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
@@ -129,10 +129,12 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 def pick_device(name=None):
     """One of DEVICES; "auto" and None: the best that there is. UserError if it is not there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if not there.get(name, True):
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name in (None, "auto"):
+        return found[0]
+    if name not in found:
         raise UserError(f"--device {name}: PyTorch {torch.__version__} finds no such device; --device cpu works")
-    return name if name in there else max(there, key=there.get)
+    return name
 
 
 def print_machine(device, precision):
@@ -255,7 +257,7 @@ def image_file(path, **options):
 
 
 def run_script(main, stopped):
-    """Runs a script. What a user can mend ends in one line, our own mistakes in a traceback."""
+    """Runs a script. An error that the user can fix ends in one line, a mistake of ours in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal can't print
     try:
@@ -263,7 +265,8 @@ def run_script(main, stopped):
     except KeyboardInterrupt:
         sys.exit("\n" + stopped)
     except Exception as error:
-        if isinstance(error, (UserError, OSError, MemoryError)) or "allocate" in str(error):  # PyTorch's: out of memory
+        no_memory = isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate" in str(error)
+        if no_memory or isinstance(error, (UserError, OSError)):
             sys.exit("error: " + [type(error).__name__, *str(error).splitlines()][-1])
         raise
 

@@ -190,8 +190,8 @@ class Shapes(Dataset):
         return draw(scene, rng, self.size), scene.caption()
 
 
-# Data sets on disk: {split: [(image, captions)]}, which `Images` makes endless. What can't be used is collected in
-# `left_out`, {reason: [names]}, and printed.
+# Data sets on disk. Each reader gives {split: [(image, captions)]}; `Images` repeats that forever, shuffled. What can't
+# be used goes to `left_out`, {reason: [names]}, and is printed.
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
@@ -207,7 +207,8 @@ CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels 
 
 
 def download(data, data_dir):
-    """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it, unless it lies there whole."""
+    """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it. Does nothing if all files are
+    there in full size."""
     folder, archive, sha256, skip, names, files = CIFAR[data]
     target, paths = data_dir / archive, {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
     if all(path.exists() and path.stat().st_size == size for path, size in paths.items()) and (
@@ -242,7 +243,7 @@ def list_cifar(data, data_dir, left_out):
         items["test" if "test" in name else "train"] += [
             (record[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[record[skip - 1]]) for record in records]
         if len(records) < n:
-            left_out["missing or incomplete"].append(name)
+            left_out["missing or incomplete files"].append(name)
     return items
 
 
@@ -262,7 +263,7 @@ def parse_json(text):
 
 
 def get(row, key, kind=object):
-    """row[key], if row is a dictionary that has something of this kind there; else an empty object of the kind"""
+    """row[key] if row is a dictionary and that is of this kind, else an empty object of the kind"""
     value = row.get(key) if isinstance(row, dict) else None
     return value if isinstance(value, kind) else kind()
 
@@ -286,9 +287,9 @@ def read_table(file, left_out):
         if name and lines:
             captions.setdefault(name.replace("\\", "/"), []).extend(lines)
         else:
-            left_out["odd row, left out"].append(file)
+            left_out["rows without file name or caption"].append(file)
     if not captions:
-        left_out["no file_name with text or caption"].append(file)
+        left_out["tables without file_name and text or caption"].append(file)
     return captions
 
 
@@ -297,7 +298,7 @@ def find_files(folder, left_out):
     training runs. -> [path]"""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True,
-                                         onerror=lambda error: left_out["unreadable folder"].append(error.filename)):
+                                         onerror=lambda error: left_out["unreadable folders"].append(error.filename)):
         if os.path.realpath(place) in seen or {"config.json", "options.json"} <= {*names}:
             folders[:] = names[:] = ()  # a loop of links, or a run
         seen.add(os.path.realpath(place))
@@ -308,7 +309,7 @@ def find_files(folder, left_out):
 
 
 def can_open(path):
-    """Whether Pillow knows a file for an image. It may be broken all the same."""
+    """Whether Pillow recognises an image. Reads only its beginning: the rest may still be broken."""
     try:
         with Image.open(path):
             return True
@@ -317,8 +318,10 @@ def can_open(path):
 
 
 def can_load(path):
+    """Whether all of an image can be read."""
     try:
-        return bool(load_image(path, (32, 32)))
+        load_image(path, (32, 32))
+        return True
     except OSError:
         return False
 
@@ -334,32 +337,36 @@ def list_images(folder, coco, left_out):
               if (file.suffix == ".json" if coco else file.name in ("metadata.csv", "metadata.jsonl"))]
     others = {*files} - {*tables, *texts.values()}
     images = {file for file in tqdm(others, "images", delay=5) if file.is_file() and can_open(file)}
-    left_out["Pillow can't open"] += sorted(others - images)
+    left_out["files that Pillow can't open"] += sorted(others - images)
     beside = {path: tidy(read_text(texts[path.with_suffix("")]).splitlines())
               for path in images if path.with_suffix("") in texts}
     listed, validation = {}, set()
-    by_name = {path.name: path for path in images} if coco else {}  # look-alikes have other folders than COCO
+    by_name = {path.name: path for path in images} if coco else {}  # other data in COCO's format has other folders
     for table in [table for table in tables if "captions" in table.name] or tables:
         subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
+        parent = folder / subset if coco else table.parent
         for name, lines in read_table(table, left_out).items():
-            paths = (Path(os.path.normpath(place / name)) for place in (folder / subset, table.parent))
-            if path := next((path for path in paths if path in images), by_name.get(Path(name).name)):
+            path = Path(os.path.normpath(parent / name))
+            path = path if path in images else by_name.get(path.name)
+            if path:
                 listed.setdefault(path, []).extend(lines)
-                validation |= {path} if coco and "val" in subset else set()
+                if coco and "val" in subset:
+                    validation.add(path)
             else:
-                left_out["has a caption, but is not there"].append(name)
+                left_out["captions of missing images"].append(name)
     captioned = {path.parent for some in (beside, listed) for path, lines in some.items() if lines}
     named = {path: tidy(path.parent.name.replace("_", " ")) for path in images
              if not coco and path.parent not in {folder, *captioned}}
     captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
-    left_out["no caption, left out"] += sorted(images - captions.keys())
+    left_out["images without caption"] += sorted(images - captions.keys())
     by_folder = f", {len(named)} of them the name of a folder" if named else ""
     return captions, validation, f"{len(images)} images, {len(captions)} with captions{by_folder}; "
 
 
 def for_testing(names, validation):
     """The images kept for testing: those of the validation set, if there are others too; else the first that can be
-    read, and one in sixteen, by a hash of its name (not that of `reserved`: it can't tell a.png from f.png).
+    read, and about one in sixteen, by a hash of its name (not by that of `reserved`, which is equal for a.png and
+    b.png).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation
@@ -370,8 +377,8 @@ def for_testing(names, validation):
 
 
 class Images(Dataset):
-    """Endless data set over a list of images, reshuffled every epoch. An image that can't be read is named once, and
-    the next takes its place. items: [(path or array, captions)]"""
+    """Endless data set over a list of images, reshuffled every epoch. If an image can't be read, its name is printed,
+    and the next one takes its place. items: [(path or array, captions)]"""
 
     def __init__(self, items, size, seed=0):
         self.items, self.size, self.seed = items, size, seed
@@ -387,7 +394,8 @@ class Images(Dataset):
             if epoch != self.epoch:
                 self.epoch = epoch
                 self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
-            file, captions = self.items[i := self.order[i]]
+            i = self.order[i]
+            file, captions = self.items[i]
             if i not in self.unreadable:
                 try:
                     return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
@@ -1019,11 +1027,11 @@ def pick_precision(device):
 
 
 def parse_args(argv=None):
-    """The options that a command gives; then those of the run; then those that suit the data set."""
+    """The options of a command: those given; if not, those saved in the run; if not, what suits the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
                                      "keeps " + ", ".join(SAVED) + ", and an unfinished stage its steps, batch size "
                                      "and learning rate; give other options again, for the stages after it too.")
-    add, whole = parser.add_argument, number(int, 1, 10**9)
+    add, positive = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
     add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; tiny if not given, cifar for CIFAR")
@@ -1036,23 +1044,23 @@ def parse_args(argv=None):
     add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
         "say left or right; if not given, all data but Shapes")
-    add("--steps", type=whole, help="training steps of each stage named; the preset's recipe if not given")
+    add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=number(int, 2, 10**6), help="images per step; the preset's recipe if not given")
     add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=whole, help="training images of Stages B and C, whose latents are computed once; all if not "
+    add("--cache", type=positive, help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the data and the weights (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed of data and weights (default: %(default)s)")
     add("--device", choices=DEVICES, help="default: auto, the best that there is")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
-    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; bfloat16 if not given and "
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="precision of matrix products; bfloat16 if not given and "
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "
         "one does)")
-    add("--log-every", type=whole, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
-    add("--save-every", type=whole, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
-    args = parser.parse_args(argv)
+    add("--log-every", type=positive, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
+    add("--save-every", type=positive, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
+    args = parser.parse_args(argv)  # parsed twice: what is saved in --run takes the place of the defaults
     saved = read_options(args.run)
     if args.init_from and not saved:  # sizes are those of the weights
         source = {"preset": "v2", "image_size": PRESETS["v2"].image_size} | read_options(args.init_from)
@@ -1063,18 +1071,21 @@ def parse_args(argv=None):
     args.flip = args.data != "shapes" if args.flip is None else args.flip
     args.cache = args.cache or (16_384 if args.data == "shapes" else None)
     args.image_size = args.image_size or PRESETS[args.preset].image_size
-    for name, value in ({"init_from": None, "tokens": False} | saved).items() if saved else ():
-        if name in FIXED and getattr(args, name) != value:
-            parser.error(f"{args.run} was begun with {name} {value}; take another --run")
+    begun = {"init_from": None, "tokens": False} | saved
+    for name in FIXED if saved else ():
+        if getattr(args, name) != begun[name]:
+            parser.error(f"{args.run} was begun with {name} {begun[name]}; take another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
         parser.error(f"--data-dir is needed with --data {', '.join((*CIFAR, 'coco', 'folder'))}, and only there")
-    taken = [Path(__file__).parent, Path(args.data_dir or __file__)]
-    if not args.run or Path(args.run).resolve() in [place.resolve() for place in taken]:
+    taken = [Path(__file__).parent.resolve(), *([Path(args.data_dir).resolve()] if args.data_dir else [])]
+    if not args.run or Path(args.run).resolve() in taken:
         parser.error("--run must be a folder of its own")
     if not saved and any(Path(args.run, f"{stage}.pt").exists() for stage in TRAIN):
         parser.error(f"{args.run} has no options.json: it is only a part of a run; take another --run")
-    if args.init_from and not Path(args.init_from).is_dir():
+    if args.init_from and not saved and not Path(args.init_from).is_dir():
         parser.error(f"--init-from {args.init_from}: there is no such folder")
+    if args.init_from and args.tokens:
+        parser.error("--init-from takes the sizes of its weights: --tokens can't change them")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
     if args.download and args.data not in CIFAR:
@@ -1082,7 +1093,7 @@ def parse_args(argv=None):
     if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         parser.error("--compile needs a C++ compiler")
     if args.init_from and args.stage not in TRAIN:
-        parser.error(f"--init-from needs the stage to train: {', '.join(TRAIN)}")
+        parser.error(f"a run with --init-from needs the stage to train: {', '.join(TRAIN)}")
     return args
 
 
@@ -1108,8 +1119,8 @@ def begin(args, captions):
             Wuerstchen(config, tokenizer).save(args.run, stages=())
     counts = collections.Counter(captions)
     longer = sum(n for caption, n in counts.items() if tokenizer.overflow(caption)) / len(captions)
-    print(f"tokenizer: a vocabulary of {len(tokenizer)} tokens, captions of up to {tokenizer.length} tokens" +
-          f"; {longer:.1%} of the captions are longer, and are cut" * (longer > 0))
+    cut = f"; {longer:.1%} of the captions are longer, and are cut" if longer else ""
+    print(f"tokenizer: a vocabulary of {len(tokenizer)} tokens, captions of up to {tokenizer.length} tokens{cut}")
 
 
 def main(argv=None):

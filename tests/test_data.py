@@ -117,8 +117,8 @@ def test_three_ways_to_give_captions(tmp_path):
     found, said = listed(tmp_path)
     assert found == {"x/1.webp": ["one", "uno"], "y/z/4.png": ["four, or 4"], "y/z/5.png": ["five", "cinq"],
                      "snowy_owl/7.bmp": ["snowy owl"], "y/6.jp2": ["y"]}
-    for words in ("8 images, 5 with captions", "2 of them the name of a folder", "no caption, left out: 3 (8.gif, x/2",
-                  "odd row, left out: 3 (", "not there: 1 (z/0.png)"):
+    for words in ("8 images, 5 with captions", "2 of them the name of a folder", "images without caption: 3 (8.gif, x/2",
+                  "rows without file name or caption: 3 (", "captions of missing images: 1 (z/0.png)"):
         assert words in said
 
 
@@ -154,7 +154,7 @@ def test_what_is_not_an_image_of_the_data_set(tmp_path):
     (data / "notes.md").write_text("words")
     (data / "zero.jpg").touch()
     found, said = listed(data)
-    assert len(found) == 4 and "Pillow can't open: 2 (notes.md, zero.jpg)" in said
+    assert len(found) == 4 and "files that Pillow can't open: 2 (notes.md, zero.jpg)" in said
     if not hasattr(os, "mkfifo"):
         pytest.skip("needs links, pipes and names of any bytes")
     os.mkfifo(data / "pipe.png")
@@ -229,7 +229,7 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     for name in ("cut", "none", "bomb"):
         (tmp_path / f"{name}.txt").write_text(name)
     data = open_data(tmp_path)
-    assert "Pillow can't open: 2 (bomb.png, none.jpg)" in capsys.readouterr().out
+    assert "files that Pillow can't open: 2 (bomb.png, none.jpg)" in capsys.readouterr().out
     data = train.Images([item for split in data.values() for item in split.items], 32)
     seen = [data[i][1] for i in range(48)]
     assert "cut" not in seen and len({caption.split()[-1] for caption in seen}) == 20
@@ -273,7 +273,7 @@ def test_neighbours_are_not_kept_for_testing_together(tmp_path, name):
 def test_one_image_is_too_few(tmp_path):
     folder_of(tmp_path, 1)
     picture(tmp_path / "silent.png")
-    with pytest.raises(train.UserError, match="too few images with captions: 2 images, 1 with.*no caption.*silent"):
+    with pytest.raises(train.UserError, match="too few images with captions: 2 images, 1 with.*without caption.*silent"):
         open_data(tmp_path)
     folder_of(tmp_path, 2)
     assert [len(data.items) for data in open_data(tmp_path).values()] == [1, 1]
@@ -291,7 +291,7 @@ def test_coco_and_its_look_alikes(tmp_path):
     coco_folder(tmp_path / "part")
     shutil.rmtree(tmp_path / "part/train2017")
     found, said = listed(tmp_path / "part", "coco")
-    assert len(found) == 4 and "not there: 40 (000.jpg, 001.jpg, 002.jpg, ...)" in said
+    assert len(found) == 4 and "captions of missing images: 40 (000.jpg, 001.jpg, 002.jpg, ...)" in said
     other = tmp_path / "other"
     for i in range(6):
         picture(other / f"images/{i}.png")
@@ -305,7 +305,7 @@ def test_coco_and_its_look_alikes(tmp_path):
     (other / "captions_cut.json").write_text('{"images": [')
     found, said = listed(other, "coco")
     assert found == {"images/0.png": ["a"], "images/1.png": ["b"], "images/4.png": ["c", "d"]}
-    assert "odd row, left out: 4 (annotations/captions_all.json)" in said and "no caption, left out: 3 (" in said
+    assert "rows without file name or caption: 4 (annotations/captions_all.json)" in said and "images without caption: 3 (" in said
     assert all(f"captions_{name}.json" in said for name in ("list", "count", "cut")) and "instances" not in said
     (other / "val").mkdir()
     for i, name in enumerate(("images/5.png", "val/9.png")):  # one of the same name; and a broken one for validation
@@ -314,7 +314,7 @@ def test_coco_and_its_look_alikes(tmp_path):
         assert name not in dict(train.open_data(Namespace(data="coco", data_dir=str(other), image_size=32, seed=0))[
             "train"].items)
         picture(other / "val/9.png")
-    with pytest.raises(train.UserError, match="too few images with captions: 7 images, 0 with captions; .*no caption"):
+    with pytest.raises(train.UserError, match="too few images with captions: 7 images, 0 with captions; .*without caption"):
         shutil.rmtree(other / "annotations")
         listed(other, "coco")
 
@@ -333,7 +333,7 @@ def test_cifar(tmp_path, data, name, baby):
     for i in (0, len(items) - 1):
         planes = [records[i, skip + 1024 * c:][:1024].reshape(32, 32) for c in range(3)]
         assert (items[i][0] == np.dstack(planes)).all()
-    assert set(left_out["missing or incomplete"]) == set(train.CIFAR[data][-1])  # 50 images are not all
+    assert set(left_out["missing or incomplete files"]) == set(train.CIFAR[data][-1])  # 50 images are not all
     whole = files[0].read_bytes()
     for damaged in (whole[:-7], bytes([200] * len(whole))):
         files[0].write_bytes(damaged)
@@ -341,7 +341,7 @@ def test_cifar(tmp_path, data, name, baby):
             open_data(tmp_path, data)
     files[0].unlink()
     (tmp_path / folder / f"test{'_batch' * (data == 'cifar10')}.bin").unlink()
-    with pytest.raises(train.UserError, match=r"too few images with captions: .*missing or incomplete: \d \(test"):
+    with pytest.raises(train.UserError, match=r"too few images with captions: .*missing or incomplete files: \d \(test"):
         open_data(tmp_path, data)
     (tmp_path / folder).rename(tmp_path / f"cifar-{data[5:]}-batches-py")
     with pytest.raises(train.UserError, match="only cifar-10+-batches-py, the Python version: --download fetches it"):
