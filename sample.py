@@ -49,6 +49,8 @@ def load_image(file, size, background="white"):
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"can't read {'an array' if isinstance(file, np.ndarray) else file}: {error}") from error
 
@@ -192,7 +194,7 @@ def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(N
     """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
     where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
     if model.config.b.token_width:
-        raise ValueError("only a Stage B that works on latents can fill, not one on tokens")
+        raise UserError("only a Stage B that works on latents can fill, not one on tokens")
     options = dict(generator=generators(seed, len(images)), sampler=sampler)
     semantic, latents = model.c.normalise(model.compress(images)), model.a.encode(images) / model.a.scale
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
@@ -258,7 +260,7 @@ def image_file(path, **options):
 
 def run_script(main, stopped):
     """Runs a script. An error that the user can fix ends in one line, a mistake of ours in a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal can't print
     try:
         main()
@@ -323,7 +325,12 @@ def main(argv=None):
     print_machine(device, str(dtype).removeprefix("torch."))
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         sheet = draw(model, args)
-    sheet.save(args.out)
+    try:
+        sheet.save(args.out)
+    except Exception as error:  # a format may be too small for this sheet
+        print(f"can't write {args.out}: {error}", file=sys.stderr)
+        args.out += ".png"
+        sheet.save(args.out)
     print(f"wrote {args.out}" + f" and {args.film}" * bool(args.film))
 
 

@@ -36,6 +36,7 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -258,7 +259,7 @@ def parse_json(text):
     """What a JSON text holds; None if it is no JSON, as after a write that failed"""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -268,14 +269,18 @@ def get(row, key, kind=object):
     return value if isinstance(value, kind) else kind()
 
 
-def read_table(file, left_out):
-    """metadata.csv, metadata.jsonl or COCO's JSON -> {file name of an image: captions}"""
-    text, captions = read_text(file), {}
-    if file.suffix == ".csv":
+def read_table(file, text, left_out):
+    """metadata.csv, metadata.jsonl or COCO's JSON, and its text -> {file name of an image: captions}"""
+    captions = {}
+    if file.suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # a quotation mark may be missing
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    elif file.suffix == ".jsonl":
+        text = text.replace("\ufeff", "").strip()  # byte order marks
+        separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        names = [name.strip().lower() for name in next(table, [])]
+        rows = (dict(zip(names, [*row[:len(names) - 1], f"{separator} ".join(row[len(names) - 1:])]))  # a caption's commas
+                for row in table)
+    elif file.suffix.lower() == ".jsonl":
         rows = map(parse_json, filter(str.strip, text.split("\n")))
     else:
         coco = parse_json(text)
@@ -285,12 +290,15 @@ def read_table(file, left_out):
     for row in rows:
         name, lines = get(row, "file_name", str), tidy(get(row, "text") or get(row, "caption"))
         if name and lines:
-            captions.setdefault(name.replace("\\", "/"), []).extend(lines)
+            captions.setdefault(name.strip().replace("\\", "/"), []).extend(lines)
         else:
             left_out["rows without file name or caption"].append(file)
     if not captions:
         left_out["tables without file_name and text or caption"].append(file)
     return captions
+
+
+LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 def find_files(folder, left_out):
@@ -303,7 +311,8 @@ def find_files(folder, left_out):
             folders[:] = names[:] = ()  # a loop of links, or a run
         seen.add(os.path.realpath(place))
         for some in (folders, names):
-            some[:] = [n for n in some if n[0] != "." and n not in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")]
+            some[:] = [name for name in some if name[0] != "." and name not in LEFTOVERS]
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # folders before links to them
         found += [Path(place, name) for name in names]
     return found
 
@@ -311,6 +320,8 @@ def find_files(folder, left_out):
 def can_open(path):
     """Whether Pillow recognises an image. Reads only its beginning: the rest may still be broken."""
     try:
+        if not path.is_file():  # opening a pipe would block
+            return False
         with Image.open(path):
             return True
     except Exception:  # Pillow raises many kinds
@@ -331,26 +342,38 @@ def list_images(folder, coco, left_out):
     metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
     image has any of these, the sub-folder's name.
     -> {path: captions}, the paths that captions_val*.json names, and how many there are of what, in words"""
+    def text_of(file):
+        try:
+            return read_text(file)
+        except OSError:
+            left_out["unreadable files"].append(file)
+            return ""
+
+    def key(path):  # file systems write accents in two ways
+        return unicodedata.normalize("NFC", os.path.normpath(path))
     files = find_files(folder, left_out)
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     tables = [file for file in files
-              if (file.suffix == ".json" if coco else file.name in ("metadata.csv", "metadata.jsonl"))]
+              if (file.suffix == ".json" if coco else file.name.lower() in ("metadata.csv", "metadata.jsonl"))]
     others = {*files} - {*tables, *texts.values()}
-    images = {file for file in tqdm(others, "images", delay=5) if file.is_file() and can_open(file)}
+    images = {file for file in tqdm(others, "images", delay=5) if can_open(file)}
     left_out["files that Pillow can't open"] += sorted(others - images)
-    beside = {path: tidy(read_text(texts[path.with_suffix("")]).splitlines())
+    beside = {path: tidy(text_of(texts[path.with_suffix("")]).splitlines())
               for path in images if path.with_suffix("") in texts}
-    listed, validation = {}, set()
-    by_name = {path.name: path for path in images} if coco else {}  # other data in COCO's format has other folders
+    listed, validation, by_key, by_name = {}, set(), {key(path): path for path in images}, collections.defaultdict(list)
+    for path in images:
+        by_name[path.name].append(path)
     for table in [table for table in tables if "captions" in table.name] or tables:
         subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
-        parent = folder / subset if coco else table.parent
-        for name, lines in read_table(table, left_out).items():
-            path = Path(os.path.normpath(parent / name))
-            path = path if path in images else by_name.get(path.name)
+        for name, lines in read_table(table, text_of(table), left_out).items():
+            path = by_key.get(key(table.parent / name)) or coco and by_key.get(key(folder / subset / name))
+            if coco and not path:  # other data in this format has other folders: the one image whose path ends so
+                same = by_name[Path(name).name]
+                ends = [path for path in same if key(path).endswith(key(f"/{name}"))] or same
+                path = ends[0] if len(ends) == 1 else None
             if path:
                 listed.setdefault(path, []).extend(lines)
-                if coco and "val" in subset:
+                if coco and re.search("(?<![a-z])val", subset):
                     validation.add(path)
             else:
                 left_out["captions of missing images"].append(name)
@@ -410,9 +433,9 @@ def open_data(args):
     """The data set that the options name. -> {split: data set}; prints what was found and what was left out"""
     if args.data == "shapes":
         return {split: Shapes(args.image_size, args.seed, split) for split in SPLITS}
-    folder, left_out, found = Path(os.path.normpath(args.data_dir)), collections.defaultdict(list), ""
+    folder, left_out, found = Path(os.path.abspath(args.data_dir)), collections.defaultdict(list), ""
     if not folder.is_dir():
-        raise UserError(f"--data-dir {folder} is not a folder")
+        raise UserError(f"--data-dir {args.data_dir} is not a folder")
     if args.data in CIFAR:
         items = list_cifar(args.data, folder, left_out)
     else:
@@ -427,8 +450,8 @@ def open_data(args):
         some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
         found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
     if not all(items.values()):
-        raise UserError(f"{folder}: too few images with captions: {found}")
-    print(f"{folder}: {found}")
+        raise UserError(f"{args.data_dir}: too few images with captions: {found}")
+    print(f"{args.data_dir}: {found}")
     return {split: Images(items[split], args.image_size, args.seed) for split in items}
 
 
@@ -746,7 +769,8 @@ class Run:
         newest = max((self.folder / file).stat().st_mtime for file in (made_from, "options.json"))
         if not complete.exists() or complete.stat().st_mtime < newest:
             files, texts = {}, []
-            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
             count = len(self.train_data.items) if isinstance(self.train_data, Images) else math.inf
             steps = math.ceil(min(self.args.cache or count, count) / 16)
@@ -755,14 +779,15 @@ class Run:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
+                needed, free = steps * sum(x.nbytes for x in found.values()), shutil.disk_usage(folder).free
+                if not texts and needed > free:
+                    raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: give a "
+                                    "smaller --cache")
                 for key, x in found.items():
                     if not texts:  # the first batch
                         files[key] = open(folder / f"{key}.npy", "wb")
                         np.lib.format.write_array_header_1_0(files[key], dict(
                             descr=x.dtype.str, fortran_order=False, shape=(steps * len(x), *x.shape[1:])))
-                        if steps * x.nbytes > (free := shutil.disk_usage(folder).free):
-                            raise UserError(f"{steps * x.nbytes / 1e9:.1f} GB of {key} don't fit into {folder}, where "
-                                            f"{free / 1e9:.1f} GB are free: give a smaller --cache")
                     files[key].write(x.tobytes())
                 texts += own
             for file in files.values():
@@ -1073,15 +1098,13 @@ def parse_args(argv=None):
     args.image_size = args.image_size or PRESETS[args.preset].image_size
     begun = {"init_from": None, "tokens": False} | saved
     for name in FIXED if saved else ():
-        if getattr(args, name) != begun[name]:
+        if getattr(args, name) != begun.get(name, getattr(args, name)):
             parser.error(f"{args.run} was begun with {name} {begun[name]}; take another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
         parser.error(f"--data-dir is needed with --data {', '.join((*CIFAR, 'coco', 'folder'))}, and only there")
     taken = [Path(__file__).parent.resolve(), *([Path(args.data_dir).resolve()] if args.data_dir else [])]
     if not args.run or Path(args.run).resolve() in taken:
         parser.error("--run must be a folder of its own")
-    if not saved and any(Path(args.run, f"{stage}.pt").exists() for stage in TRAIN):
-        parser.error(f"{args.run} has no options.json: it is only a part of a run; take another --run")
     if args.init_from and not saved and not Path(args.init_from).is_dir():
         parser.error(f"--init-from {args.init_from}: there is no such folder")
     if args.init_from and args.tokens:
@@ -1099,6 +1122,8 @@ def parse_args(argv=None):
 
 def begin(args, captions):
     """Writes what all commands of a run need: sizes and vocabulary; with --init-from, weights too."""
+    if Path(args.run).is_dir() and any(Path(args.run).iterdir()):
+        raise UserError(f"{args.run} is not empty, and has no options.json of a run: take another --run")
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)

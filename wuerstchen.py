@@ -1366,8 +1366,11 @@ def read_weights(folder):
         raise FileNotFoundError(f"no weights (*.safetensors, *.bin) in {folder}")
     weights = {}
     for path in paths:  # large components come in parts
-        weights |= read_safetensors(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            weights |= (read_safetensors(path) if path.suffix == ".safetensors" else
+                        load_file(path, map_location="cpu", mmap=True))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"can't read {path}: it may be damaged") from error
     return weights
 
 

@@ -122,6 +122,32 @@ def test_three_ways_to_give_captions(tmp_path):
         assert words in said
 
 
+@pytest.mark.parametrize("table, name", [
+    ("File_Name , Caption\ne\u0301.png,a red, round thing\n", "metadata.csv"),  # the accent apart, a comma, spaces
+    ("\r\n\ufefffile_name\ttext\r\n\u00e9.png\ta red, round thing\r\n", "METADATA.CSV"),
+    ("file_name;text\r{place}/\u00e9.png;a red, round thing\r", "metadata.csv"),  # an absolute path, line ends of old Macs
+    ('{{"file_name": " ./\u00e9.png", "text": ["a red, round thing"]}}\n' + "[" * 100_000, "metadata.jsonl")])
+def test_tables_as_people_write_them(tmp_path, table, name):
+    folder_of(tmp_path, 1)
+    picture(tmp_path / "\u00e9.png")
+    (tmp_path / name).write_text(table.format(place=tmp_path), encoding="utf-8", newline="")
+    assert listed(tmp_path)[0]["\u00e9.png"] == ["a red, round thing"]
+
+
+def test_captions_that_can_t_be_read_end_no_run(tmp_path, monkeypatch):
+    folder_of(tmp_path, 4)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    read = train.read_text
+
+    def fail(file):
+        if file.name in ("metadata.csv", "i001.txt"):
+            raise PermissionError(file)
+        return read(file)
+    monkeypatch.setattr(train, "read_text", fail)
+    found, said = listed(tmp_path)
+    assert len(found) == 3 and "unreadable files: 2 (b/c/i001.txt, metadata.csv)" in said
+
+
 @pytest.mark.parametrize("text, encoding", [("grüße, ça va", "utf-8"), ("grüße, ça va", "utf-8-sig"),
                                             ("grüße, ça va", "cp1252"), ("“ein Löwe” – 5 €", "cp1252"),
                                             ("лев и 狮子", "utf-16"), ("狮子", "utf-16"), ("a lion", "utf-16-le"),
@@ -159,6 +185,7 @@ def test_what_is_not_an_image_of_the_data_set(tmp_path):
         pytest.skip("needs links, pipes and names of any bytes")
     os.mkfifo(data / "pipe.png")
     (data / "round").symlink_to(data)
+    (data / "aa").symlink_to(data / "b")  # comes before its target, but must not take its place
     (data / "gone.png").symlink_to("nowhere")
     picture(tmp_path / "else/fox/1.png")
     (data / "linked").symlink_to(tmp_path / "else")
@@ -173,7 +200,7 @@ def test_what_is_not_an_image_of_the_data_set(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "coco"])
 def test_splits_are_fixed_and_disjoint(tmp_path, kind, monkeypatch):
     def splits(place):
-        return [names(data.items, place) for data in open_data(place, kind).values()]
+        return [names(data.items, Path(place).absolute()) for data in open_data(place, kind).values()]
 
     def fill(count):
         place = tmp_path / str(count)
@@ -307,6 +334,14 @@ def test_coco_and_its_look_alikes(tmp_path):
     assert found == {"images/0.png": ["a"], "images/1.png": ["b"], "images/4.png": ["c", "d"]}
     assert "rows without file name or caption: 4 (annotations/captions_all.json)" in said and "images without caption: 3 (" in said
     assert all(f"captions_{name}.json" in said for name in ("list", "count", "cut")) and "instances" not in said
+    for i, name in enumerate(("images/cats/1.png", "images/dogs/1.png")):  # equal names in two folders
+        picture(other / name)
+        (other / f"annotations/captions_{i}.json").write_text(json.dumps(dict(
+            images=[dict(id=1, file_name=name.partition("/")[2])], annotations=[dict(image_id=1, caption=name)])))
+    found, said = listed(other, "coco")
+    assert found["images/cats/1.png"] == ["images/cats/1.png"] and found["images/dogs/1.png"] == ["images/dogs/1.png"]
+    shutil.rmtree(other / "images/cats")
+    shutil.rmtree(other / "images/dogs")
     (other / "val").mkdir()
     for i, name in enumerate(("images/5.png", "val/9.png")):  # one of the same name; and a broken one for validation
         (other / "annotations/captions_val.json").write_text(json.dumps(dict(

@@ -213,6 +213,18 @@ def test_the_script_draws_each_way(run, model):
         assert drawn.shape == (72, count * 68 + 4, 3) and abs(drawn[4:68, 4:68] - untold).max() <= 1
 
 
+def test_a_sheet_that_its_format_can_t_hold_is_written_as_png(run, monkeypatch):
+    save = Image.Image.save
+
+    def small(image, file, *args, **options):
+        if image.width > 100 and str(file).endswith(".webp"):
+            raise ValueError("over 16383 pixels")
+        save(image, file, *args, **options)
+    monkeypatch.setattr(Image.Image, "save", small)
+    script.main(f"star circle --run {run} --out {run}/wide.webp --steps-c 1 --steps-b 1".split())
+    assert Image.open(run / "wide.webp.png").width == 2 * 68 + 4
+
+
 def test_what_is_too_long_is_said(run, capsys):
     draw(run, PROMPTS[0], PROMPTS[1] + 30 * " and" + " a pink star")
     said, = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
@@ -269,5 +281,5 @@ def test_chart():
 
 def test_fill_needs_latents(model):
     tokens = SimpleNamespace(config=replace(model.config, b=replace(model.config.b, token_width=8)))
-    with pytest.raises(ValueError, match="tokens"):
+    with pytest.raises(script.UserError, match="tokens"):
         script.fill(tokens, torch.zeros(1, 64, 64, 3), torch.ones(1, 64, 64) > 0, ["a red star"])

@@ -99,7 +99,7 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --data folder --data-dir {run}", "too few images"),
     ("train.py --data folder --data-dir {run} --run {code}", "must be a folder of its own"),
     ("train.py --run=", "must be a folder of its own"), ("train.py --data folder --data-dir=", "--data-dir is needed"),
-    ("train.py --run {part}", "it is only a part of a run"), ("sample.py a-cat --run {part}", "/tokenizer: train it"),
+    ("train.py --run {part}", "has no options.json of a run"), ("sample.py a-cat --run {part}", "/tokenizer: train it"),
     ("train.py b --init-from {none}", "there is no such folder"),
     ("train.py --download", "--download needs --data cifar10 or cifar100"),
     ("train.py --init-from {run}", "--init-from needs the stage to train"),

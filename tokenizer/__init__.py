@@ -233,7 +233,7 @@ def read_text(path: str | Path) -> str:
     """The text in a file: UTF-8 or UTF-16, with or without a byte order mark; failing that, Windows-1252."""
     data = Path(path).read_bytes()
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    if encoding != "utf-16" and data.count(0) > len(data) / 4:  # zeros are halves of ASCII characters in UTF-16
+    if encoding != "utf-16" and data.count(0) > len(data) / 20:  # zeros are halves of ASCII characters in UTF-16
         encoding = "utf-16-be" if data[::2].count(0) > data[1::2].count(0) else "utf-16-le"
     try:
         return data.decode(encoding)
