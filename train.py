@@ -278,8 +278,10 @@ def read_table(file, text, left_out):
         separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
         names = [name.strip().lower() for name in next(table, [])]
-        rows = (dict(zip(names, [*row[:len(names) - 1], f"{separator} ".join(row[len(names) - 1:])]))  # a caption's commas
-                for row in table)
+        while names and not names[-1]:  # empty columns of a spreadsheet
+            names.pop()
+        last = len(names) - 1  # takes what is left of a row: captions have commas, and not all are quoted
+        rows = (dict(zip(names, [*row[:last], f"{separator} ".join(filter(None, row[last:]))])) for row in table)
     elif file.suffix.lower() == ".jsonl":
         rows = map(parse_json, filter(str.strip, text.split("\n")))
     else:
@@ -1074,11 +1076,11 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
     add("--cache", type=positive, help="training images of Stages B and C, whose latents are computed once; all if not "
         "given, of Shapes 16,384")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed of data and weights (default: %(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (default: %(default)s)")
     add("--device", choices=DEVICES, help="default: auto, the best that there is")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
-    add("--precision", choices=("float32", "bfloat16", "float16"), help="precision of matrix products; bfloat16 if not given and "
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; if not given, bfloat16 where "
         "the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "

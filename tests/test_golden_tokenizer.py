@@ -1,4 +1,4 @@
-"""The published vocabulary's ids for a few thousand nasty captions; golden/record_tokenizer.py says what the file holds."""
+"""The published vocabulary's ids for a few thousand nasty captions; golden/record_tokenizer.py tells about the file."""
 import gzip
 import json
 import sys
