@@ -159,8 +159,14 @@ def test_weight_files(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "bin/model.bin")
     assert wuerstchen.read_weights(tmp_path / "bin")["x"].tolist() == [1, 1]
     torch.save({"x": print}, tmp_path / "bin/model.bin")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(wuerstchen.UserError, match="model.bin: it may be damaged") as refused:
         wuerstchen.read_weights(tmp_path / "bin")
+    assert "Weights only load failed" in str(refused.value.__cause__)
+    pointer, cut = b"version https://git-lfs.github.com/spec/v1\n", (tmp_path / "x.fp16.safetensors").read_bytes()[:-3]
+    for damaged in (b"", pointer, cut):
+        (tmp_path / "bin/model.safetensors").write_bytes(damaged)
+        with pytest.raises(wuerstchen.UserError, match="model.safetensors: it may be damaged"):
+            wuerstchen.read_weights(tmp_path / "bin")
 
 
 def test_safetensors(tmp_path):
