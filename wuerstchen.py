@@ -1366,11 +1366,8 @@ def read_weights(folder):
         raise FileNotFoundError(f"no weights (*.safetensors, *.bin) in {folder}")
     weights = {}
     for path in paths:  # large components come in parts
-        try:
-            weights |= (read_safetensors(path) if path.suffix == ".safetensors" else
-                        load_file(path, map_location="cpu", mmap=True))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"can't read {path}: it may be damaged") from error
+        weights |= (read_safetensors(path) if path.suffix == ".safetensors" else
+                    load_file(path, map_location="cpu", mmap=True))
     return weights
 
 
@@ -1378,13 +1375,16 @@ SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.b
 
 
 def read_safetensors(path):
-    """A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes, memory-mapped.
-    -> {name: tensor}"""
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data, dtype=SAFETENSORS_TYPES[entry["dtype"]], count=math.prod(entry["shape"]),
-                                   offset=start + entry["data_offsets"][0]).view(entry["shape"])
-            for name, entry in header.items()}
+    """A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes, memory-mapped. UserError for
+    anything else. -> {name: tensor}"""
+    try:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        return {name: torch.frombuffer(data, dtype=SAFETENSORS_TYPES[entry["dtype"]], count=math.prod(entry["shape"]),
+                                       offset=start + entry["data_offsets"][0]).view(entry["shape"])
+                for name, entry in header.items()}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"can't read {path}: it may be damaged") from error
