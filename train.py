@@ -367,6 +367,7 @@ def list_images(folder, coco, left_out):
         by_name[path.name].append(path)
     for table in [table for table in tables if "captions" in table.name] or tables:
         subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
+        is_validation = coco and re.search("(?<![a-z])val", subset)
         for name, lines in read_table(table, text_of(table), left_out).items():
             path = by_key.get(key(table.parent / name)) or coco and by_key.get(key(folder / subset / name))
             if coco and not path:  # other data in this format has other folders: the one image whose path ends so
@@ -375,7 +376,7 @@ def list_images(folder, coco, left_out):
                 path = ends[0] if len(ends) == 1 else None
             if path:
                 listed.setdefault(path, []).extend(lines)
-                if coco and re.search("(?<![a-z])val", subset):
+                if is_validation:
                     validation.add(path)
             else:
                 left_out["captions of missing images"].append(name)
@@ -651,8 +652,9 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         step = state["step"]
         if step > recipe.steps:
             raise UserError(f"{path} is from step {step}: give more --steps, or delete it")
-        changed = [f", {name} {value} (begun with {state['recipe'][name]})" for name, value in asdict(recipe).items()
-                   if value != state.get("recipe", asdict(recipe))[name]]
+        begun = state.get("recipe", asdict(recipe))
+        changed = [f", {name} {value} (begun with {begun[name]})" for name, value in asdict(recipe).items()
+                   if value != begun[name]]
         print(f"stage {stage}: resuming from step {step}{''.join(changed)}")
     for module in network.modules():
         if args.compile and isinstance(module, (StageB, StageC)):
@@ -781,15 +783,16 @@ class Run:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
-                needed, free = steps * sum(x.nbytes for x in found.values()), shutil.disk_usage(folder).free
-                if not texts and needed > free:
-                    raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: give a "
-                                    "smaller --cache")
-                for key, x in found.items():
-                    if not texts:  # the first batch
+                if not texts:  # the first batch
+                    needed, free = steps * sum(x.nbytes for x in found.values()), shutil.disk_usage(folder).free
+                    if needed > free:
+                        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: give "
+                                        "a smaller --cache")
+                    for key, x in found.items():
                         files[key] = open(folder / f"{key}.npy", "wb")
                         np.lib.format.write_array_header_1_0(files[key], dict(
                             descr=x.dtype.str, fortran_order=False, shape=(steps * len(x), *x.shape[1:])))
+                for key, x in found.items():
                     files[key].write(x.tobytes())
                 texts += own
             for file in files.values():
@@ -1080,8 +1083,8 @@ def parse_args(argv=None):
     add("--device", choices=DEVICES, help="default: auto, the best that there is")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
-    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; if not given, bfloat16 where "
-        "the machine has it, float16 on a GPU without it")
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; if not given, bfloat16 "
+        "where the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "
         "one does)")

@@ -1375,8 +1375,8 @@ SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.b
 
 
 def read_safetensors(path):
-    """A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes, memory-mapped. UserError for
-    anything else. -> {name: tensor}"""
+    """A safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes, memory-mapped. UserError
+    for anything else. -> {name: tensor}"""
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -358,7 +358,7 @@ def test_coco_and_its_look_alikes(tmp_path):
 @pytest.mark.parametrize("data, name, baby", [("cifar10", "automobile", "a photo of a bird"),
                                               ("cifar100", "aquarium fish", "a photo of a baby")])
 def test_cifar(tmp_path, data, name, baby):
-    (folder, _, _, skip, labels, _), left_out = train.CIFAR[data], collections.defaultdict(list)
+    (folder, _, _, skip, _, _), left_out = train.CIFAR[data], collections.defaultdict(list)
     found = train.list_cifar(data, cifar_folder(tmp_path, data), left_out)
     items, testing = found["train"], found["test"]
     assert items[1][1] == [name, f"an {name}", f"a photo of an {name}", f"a picture of an {name}",
