@@ -450,3 +450,19 @@ def test_precision_is_what_the_hardware_has(has, picked, monkeypatch):
     assert train.pick_precision("cuda") == ("bfloat16" if picked == "bfloat16" else "float16")
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # before PyTorch 2.9
     assert train.pick_precision("cpu") == "float32"
+
+
+@pytest.mark.parametrize("precision, fused", [("bfloat16", False), ("float32", True)])
+def test_attention_in_bfloat16_is_plain_on_a_cpu(micro, precision, fused, monkeypatch):
+    args = train.parse_args(["--run", str(micro), "--device", "cpu", "--precision", precision])
+    run = train.Run(args, dict(train=None, test=None))
+    q = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with run.autocast():
+        attended = nn.functional.scaled_dot_product_attention(q, q, q)
+    names, nodes = set(), [attended.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert any("Flash" in name for name in names) == fused
+    assert train.plain_attention("cuda", "bfloat16") is False
