@@ -13,10 +13,13 @@ All but the last with the networks and batch sizes of the preset "tiny".
 
 The reference is diffusers, with transformers; where they are missing, only our side is timed. The sides take turns, so
 that whatever else slows the machine slows both. Times, and ratios of times, are medians over the turns. Each side is
-timed in float32 and, where the machine has it, bfloat16; its faster one counts. OMP_NUM_THREADS sets the CPU cores.
+timed in float32 and, where the machine has it, bfloat16, on a CPU each with PyTorch's fused attention and with the plain
+one (softmax(q·kᵀ)·v, product by product); what is fastest counts. OMP_NUM_THREADS sets the CPU cores.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -51,6 +55,7 @@ class Bench:
     def __init__(self, device, rounds):
         self.device, self.rounds = device, rounds
         self.precisions = ["float32", "bfloat16"] if pick_precision(device) == "bfloat16" else ["float32"]
+        self.kernels = ["fused", "plain"] if device == "cpu" else ["fused"]
         n = 8192 if device == "cuda" else 1536
         matrices = {name: torch.randn(n, n, device=device, dtype=getattr(torch, name)) for name in self.precisions}
         taken = self.alternate({name: partial(torch.matmul, x, x) for name, x in matrices.items()})
@@ -69,22 +74,30 @@ class Bench:
                 turn[i] = time.perf_counter() - start
         return dict(zip(sides, seconds[2:].T))
 
+    @contextlib.contextmanager
+    def computing(self, way):
+        """While this is open, products and attention are computed this way: (precision, kernel of attention)"""
+        precision, kernel = way
+        with (torch.autocast(self.device, torch.bfloat16, enabled=precision == "bfloat16"),
+              sdpa_kernel(SDPBackend.MATH) if kernel == "plain" else contextlib.nullcontext()):
+            yield
+
     def compare(self, what, images, ours, theirs=None):
-        """Times two works and prints the result. A work is a function: work(precision), "float32" or "bfloat16".
+        """Times two works and prints the result. A work is a function: work(way), with a way that `computing` takes.
         what: headline; images: how many one run handles; theirs: None without a reference"""
         works, best = {"ours": ours} | ({"reference": theirs} if theirs else {}), {}
-        taken = self.alternate({(side, precision): partial(work, precision)
-                                for side, work in works.items() for precision in self.precisions})
+        ways = list(itertools.product(self.precisions, self.kernels))
+        taken = self.alternate({(side, way): partial(work, way) for side, work in works.items() for way in ways})
         print(f"\n{what}")
         for side, work in works.items():
-            precision = min(self.precisions, key=lambda name: taken[side, name].median())
-            best[side] = taken[side, precision]
+            way = min(ways, key=lambda way: taken[side, way].median())
+            best[side] = taken[side, way]
             with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-                work(precision)
+                work((way[0], self.kernels[-1]))  # the counter misses the fused kernel on a CPU
             took = best[side].median().item()
             rate = counter.get_total_flops() / took
-            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision}, {images / took:7.1f} images/s, "
-                  f"{rate / 1e9:7,.0f} GFLOP/s = {rate / self.rates[precision]:3.0%} of matrix products", flush=True)
+            print(f"  {side:9} {took * 1e3:9.1f} ms in {way[0]}, {way[1]} attention, {images / took:7.1f} images/s, "
+                  f"{rate / 1e9:7,.0f} GFLOP/s = {rate / self.rates[way[0]]:3.0%} of matrix products", flush=True)
         if theirs:
             print(f"  {(best['reference'] / best['ours']).median():.2f} times as fast as the reference", flush=True)
 
@@ -94,9 +107,9 @@ def training_step(bench, network, loss_of):
     network.to(bench.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
-    def step(precision):
+    def step(way):
         optimizer.zero_grad()
-        with torch.autocast(bench.device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with bench.computing(way):
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -177,8 +190,8 @@ def generate(bench, config=CONFIG, counts=(1, 8), dtype=torch.float32):
         ours = Wuerstchen(config, tokenizer).eval().to(dtype).generate
         theirs = reference and reference_generate(config, tokenizer, dtype)
 
-    def draw(side, count, precision):
-        with torch.autocast(bench.device, torch.bfloat16, enabled=precision == "bfloat16"):
+    def draw(side, count, way):
+        with bench.computing(way):
             side([CAPTION] * count)
 
     for count in counts:
