@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
 from tokenizer import Tokenizer, UserError, read_json, read_text
-from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, contrastive_loss,
+from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, alpha_bar, contrastive_loss,
                         diffusion_loss, load_file, load_state, replace_tokens, save_atomically, shrink, token_loss,
                         training_times)
 
@@ -503,7 +503,7 @@ def noisy_conditions(compressor, small, text, null_text):
     We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
     there is no caption, e is all that B has, and is never noised.
 
-    small: images at 3/4 size (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
+    small: images that were shrunk (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
     caption, that is the empty one, encoded -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
@@ -515,13 +515,17 @@ def noisy_conditions(compressor, small, text, null_text):
 
 def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
     """Stage B's, and with it the compressor's (appendix E.2): diffusion_loss of eps in noised latents, given the text
-    and the semantic latents e as `noisy_conditions` gives them. Most times are near 0.6 (t = σ(0.5 + normal noise); the
-    authors': `training_times`): there, shapes are lost in the noise and B learns to ask e, but they still count in the
-    loss. latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions` -> scalar"""
+    and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to ask e sooner:
+
+        most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
+        the loss has the factor 0.4/√(ᾱ(t) + 0.02), whose mean is 1, besides the P2 weight
+
+    There, shapes are lost in the noise, but they still count in the loss.
+    latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions` -> scalar"""
     semantic, text = noisy_conditions(compressor, small, text, null_text)
     x0 = latents / scale
     t, eps = torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device)), torch.randn_like(x0)
-    return diffusion_loss(eps, b(add_noise(x0, eps, t), t, semantic, text), t)
+    return diffusion_loss(eps, b(add_noise(x0, eps, t), t, semantic, text), t, 0.4 / (alpha_bar(t) + 0.02).sqrt())
 
 
 def token_stage_b_loss(b, compressor, small, codes, text, null_text):
@@ -962,7 +966,7 @@ def train_b(run):
 
     def compute(images):  # Stage A no longer changes
         latents = model.a.encode(images)
-        return dict(small=(shrink(images).clamp(0, 1) * 255).round().byte(),
+        return dict(small=(shrink(images, model.config.shrink).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
     arrays = run.cached("latents", "a.pt", compute)

@@ -114,6 +114,7 @@ class Config:
     """Sizes of the whole system."""
     image_size: int = 1024  # side in pixels that the stages are trained at
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
+    shrink: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
     semantic_channels: int = 16  # of the semantic latents: what the compressor gives, B reads and C draws
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
@@ -131,8 +132,8 @@ class Config:
 
     @property
     def cells(self):
-        """Side of the semantic latents at `image_size`: shrunk to 3/4, then EfficientNet's stride of 32. 128 -> 3"""
-        return math.ceil(0.75 * self.image_size / 32)
+        """Side of the semantic latents at `image_size`. 128 px, shrunk to 96 -> 3"""
+        return math.ceil(self.shrink * self.image_size / 32)
 
     def grid(self, height, width):
         """Latent sizes for an image of height x width pixels, rounded as the published model does: one semantic cell
@@ -442,7 +443,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, features = config.text_b.width, config.compressor.features
+        width, features, self.shrink = config.text_b.width, config.compressor.features, config.shrink
         self.text = TextEncoder(config.text_b)
         self.image = EfficientNet(config.compressor)
         self.text_projection = nn.Linear(width, width, bias=False)
@@ -459,7 +460,7 @@ class CLIP(nn.Module):
     def image_features(self, images):
         """images (B, H, W, 3) in [0, 1] -> features of the image's 3x3 parts (B, 9, features). Parts, not their mean:
         a mean would not say where in the image something is."""
-        features = self.image(shrink(images)).permute(0, 3, 1, 2)
+        features = self.image(shrink(images, self.shrink)).permute(0, 3, 1, 2)
         parts = F.adaptive_avg_pool2d(features.cpu() if features.is_mps else features, 3)  # MPS can't pool 2 cells to 3
         return parts.flatten(2).mT.to(features.device)
 
@@ -690,7 +691,7 @@ class EfficientNet(nn.Module):
 
 
 class SemanticCompressor(nn.Module):
-    """An image, shrunk to 3/4, to a few semantic latents: 128 px -> 96 px -> 3x3x16."""
+    """A shrunken image to a few semantic latents: 128 px -> 96 px -> 3x3x16."""
 
     def __init__(self, config):
         super().__init__()
@@ -712,9 +713,9 @@ def resize(images, height, width, align_corners=False):
     return x.permute(0, 2, 3, 1).to(images.device)
 
 
-def shrink(images):
-    """What the compressor sees: the image at 3/4 of its size. (B, H, W, 3) -> (B, 3H/4, 3W/4, 3)"""
-    return resize(images, round(0.75 * images.shape[1]), round(0.75 * images.shape[2]))
+def shrink(images, scale):
+    """What the compressor sees: the image at `Config.shrink` of its size. (B, H, W, 3) -> (B, scale·H, scale·W, 3)"""
+    return resize(images, round(scale * images.shape[1]), round(scale * images.shape[2]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -921,11 +922,11 @@ def training_times(n, device):
     return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
-def diffusion_loss(eps, predicted, t):
-    """Mean of (1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as in the authors'
-    code, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints (1 − ᾱ)/(1 + ᾱ).
-    eps and predicted (B, ...), t (B,) -> scalar"""
-    return ((1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()
+def diffusion_loss(eps, predicted, t, factor=1.0):
+    """Mean of factor·(1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as in the
+    authors' code, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints (1 − ᾱ)/(1 + ᾱ).
+    eps and predicted (B, ...), t (B,), factor: (B,) or a number -> scalar"""
+    return (factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()
 
 
 def predict_x0(x, eps, t):
@@ -1144,7 +1145,7 @@ class Wuerstchen(nn.Module):
             raise UserError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
         if self.compressor is None:
             raise UserError("no EfficientNetEncoder beside the snapshots: it compresses images")
-        return self.compressor(shrink(images)).float()
+        return self.compressor(shrink(images, self.config.shrink)).float()
 
     @torch.no_grad()
     def sample_c(self, x, times, prompts, negative="", guidance=None, **options):

@@ -676,18 +676,20 @@ def noising(m):
         "the error is squared": (".square()", ".abs()"),
         "divide by the number of images, not by the sum of the weights": (
             "return (", "return (1 / (1 - alpha_bar(t)).mean()) * ("),
+        "each image's error is multiplied by its own factor too": ("factor * ", ""),
     },
     same=(
         ("(1 - alpha_bar(t)) *", "1 / (1 + alpha_bar(t) / (1 - alpha_bar(t))) *"),
-        ("((1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()",
-         "((1 - alpha_bar(t)).view(-1, 1, 1, 1) * (predicted - eps) ** 2).mean()"),
+        ("(factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()",
+         "((factor * (1 - alpha_bar(t))).view(-1, 1, 1, 1) * (predicted - eps) ** 2).mean()"),
         ("(eps - predicted).square().flatten(1).mean(dim=1)", "torch.stack([F.mse_loss(p, e) for e, p in "
                                                              "zip(eps, predicted)])"),
     ))
 def p2(m):
     eps, predicted, t = noise(3, 4, 4, 2), noise(3, 4, 4, 2).requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
     loss = m.diffusion_loss(eps, predicted, t)
-    return {"loss": loss.detach(), "gradient": 10 * torch.autograd.grad(loss, predicted)[0]}
+    return {"loss": loss.detach(), "gradient": 10 * torch.autograd.grad(loss, predicted)[0],
+            "loss with a factor": m.diffusion_loss(eps, predicted, t, torch.tensor([0.3, 2.0, 1.0])).detach()}
 
 
 @exercise(
@@ -825,6 +827,7 @@ def sampling(m):
         "semantic latents are noised to times in [0, 0.5], not in [0, 1]": (" / 2)\n", ")\n"),
         "the times are those of Stage C; Stage B's are σ(0.5 + normal noise)":
             ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))", "training_times(len(x0), x0.device)"),
+        "the loss has the factor 0.4/√(ᾱ(t) + 0.02)": (", t, 0.4 / (alpha_bar(t) + 0.02).sqrt())", ", t)"),
         "the noise is normal (randn), not uniform (rand)": ("torch.randn_like(x0)\n", "torch.rand_like(x0)\n"),
         "the network is given x_t, not x0": ("b(add_noise(x0, eps, t), t,", "b(x0, t,"),
         "the compressor learns from this loss: no detach, no no_grad": ("compressor(small).float()",
@@ -847,7 +850,7 @@ def stage_b(m):
 
     def b(x, t, semantic, text):
         seen.append((x, t, semantic, text))
-        return 0.1 * semantic[..., :4].expand_as(x)
+        return x + 0.1 * semantic[..., :4]
 
     text, null_text = torch.ones(rows, 3, 2), torch.full((1, 3, 2), -1.0)
     loss = m.stage_b_loss(b, compressor, torch.tensor(0.4), torch.rand(rows, 3, 3, 3),
@@ -857,7 +860,8 @@ def stage_b(m):
     eps = (x - signal.sqrt() * latents / 0.4) / (1 - signal).sqrt()
     null, zero = (text == -1).flatten(1).all(dim=1), (semantic == 0).all(dim=1)
     noised = ~zero & ((semantic - 10).abs() > 1e-4).any(dim=1)
-    expected = ((1 - signal) * (eps - (0.1 * semantic[:, :4]).view(-1, 1, 1, 4)).square()).mean()
+    error = eps - x - (0.1 * semantic[:, :4]).view(-1, 1, 1, 4)
+    expected = (0.4 / (signal + 0.02).sqrt() * (1 - signal) * error.square()).mean()
     times = t.clamp(1e-4, 1 - 1e-4).logit()
     signal_e = (semantic.mean(dim=1) / 10)[noised]
 

@@ -17,14 +17,6 @@ def test_baseline_has_as_many_parameters_as_b_and_c():
     assert unet == pytest.approx(b + c, rel=0.01)
 
 
-def test_semantic_cells():
-    model, images = make_model(), shapes(2)
-    for n in (1, 4):
-        with paper.semantic_cells(n):
-            assert model.compress(images).shape == (2, n, n, 16) and model.config.grid(64, 64) == ((n, n), (16, 16))
-    assert model.compress(images).shape == (2, 2, 2, 16)
-
-
 @torch.no_grad()
 def test_draw_baseline():
     model = make_model()
