@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from tokenizer import UserError
-from wuerstchen import Wuerstchen, add_noise, generators, normal_noise, timesteps
+from wuerstchen import Wuerstchen, add_noise, generators, normal_noise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images in and out. train.py uses these too.
@@ -165,13 +165,13 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 
 
 @torch.no_grad()
-def redraw(model, images, prompts, strength=0.6, negative="", steps=(60, 12), guidance=(None, None), seed=None,
+def redraw(model, images, prompts, strength=0.6, negative="", steps=(None, None), guidance=(None, None), seed=None,
            sampler="ddpm"):
     """Draws prompts over images: Stage C starts from their semantic latents, noised to time `strength` (SDEdit, Meng et
     al., 2022). At 0, Stage B alone draws, as in `reconstruct`; at 1 the image is ignored, as in `generate`."""
     generator, semantic = generators(seed, len(images)), model.compress(images)
     if strength > 0:
-        times = timesteps(steps[0], model.device)
+        times = model.times(steps[0], "c")
         times = torch.cat([times.new_tensor([strength]), times[times < strength]])
         x = normal_noise(semantic.shape, generator, model.device)
         if strength < 1:
@@ -190,7 +190,7 @@ def keep(known, mask, noise):
 
 
 @torch.no_grad()
-def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(None, None), seed=None, sampler="ddpm"):
+def fill(model, images, masks, prompts, negative="", steps=(None, None), guidance=(None, None), seed=None, sampler="ddpm"):
     """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
     where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
     if model.config.b.token_width:
@@ -200,16 +200,16 @@ def fill(model, images, masks, prompts, negative="", steps=(60, 12), guidance=(N
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
                       for x in (semantic, latents))
     noise = normal_noise(semantic.shape, options["generator"], model.device)
-    semantic = model.sample_c(noise, timesteps(steps[0], model.device), prompts, negative, guidance[0],
+    semantic = model.sample_c(noise, model.times(steps[0], "c"), prompts, negative, guidance[0],
                               after_step=keep(semantic, kept_c, noise), **options)
     noise = normal_noise(latents.shape, options["generator"], model.device)
-    latents = model.sample_b(noise, timesteps(steps[1], model.device), semantic, prompts, negative, guidance[1],
+    latents = model.sample_b(noise, model.times(steps[1], "b"), semantic, prompts, negative, guidance[1],
                              after_step=keep(latents, kept_b, noise), **options)
     return model.a.decode(latents).float().clamp(0, 1)
 
 
 @torch.no_grad()
-def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance=(None, None), sampler="ddpm"):
+def film(model, prompts, seeds, size=None, negative="", steps=(None, None), guidance=(None, None), sampler="ddpm"):
     """How images appear: Stage C's estimate of x0 at each of its steps, drawn by Stage B in 4 steps with the noise of
     the final image. seeds: list of B ints, size (height, width)
     -> list of images (B, H, W, 3), the last one as `generate` draws it"""
@@ -221,7 +221,7 @@ def film(model, prompts, seeds, size=None, negative="", steps=(60, 12), guidance
         return x
 
     x = normal_noise((len(prompts), *semantic_size, model.config.semantic_channels), generator, model.device)
-    semantic = model.sample_c(x, timesteps(steps[0], model.device), prompts, negative, guidance[0], generator=generator,
+    semantic = model.sample_c(x, model.times(steps[0], "c"), prompts, negative, guidance[0], generator=generator,
                               sampler=sampler, after_step=remember)
     frames = [(x0, 4) for x0 in estimates] + [(semantic, steps[1])]
     return [model.from_semantic(x0, prompts, latent_size, negative, n, guidance[1],
@@ -287,9 +287,9 @@ def parse_args(argv=None):
     add("--negative", help="negative prompt", default="")
     add("--height", help="in pixels; as trained if not given", type=number(int, 1, 8192))
     add("--width", help="in pixels; as trained if not given", type=number(int, 1, 8192))
-    add("--steps-c", help="diffusion steps of Stage C (default: %(default)s)", type=number(int, 1, 10_000), default=60)
+    add("--steps-c", help="diffusion steps of Stage C; the run's if not given", type=number(int, 1, 10_000))
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="diffusion steps of Stage B (default: %(default)s)", type=number(int, 1, 10_000), default=12)
+    add("--steps-b", help="the same of Stage B", type=number(int, 1, 10_000))
     add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given",
         type=number(float, 0, 100))
     add("--cfg-b", help="the same of Stage B", type=number(float, 0, 100))
@@ -375,7 +375,7 @@ def draw(model, args):
             return redraw(model, batch, prompts, 0 if args.vary else args.strength, seed=seeds, **options)
         if args.fill:
             return fill(model, batch, mask.expand(len(prompts), -1, -1), prompts, seed=seeds, **options)
-        bar.total += sum(len(timesteps(steps, "cpu")) - 1 for steps in options["steps"])
+        bar.total += sum(len(model.times(*one)) - 1 for one in zip(options["steps"], "cb"))
         return model.generate(prompts, size=size, seed=seeds, after_step=advance, **options)
 
     n = max(1, 800_000 // (size[0] * size[1]))  # images that fit into memory at once

@@ -114,6 +114,7 @@ class Config:
     """Sizes of the whole system."""
     image_size: int = 1024  # side in pixels that the stages are trained at
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
+    steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
     shrink: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
     semantic_channels: int = 16  # of the semantic latents: what the compressor gives, B reads and C draws
     latent_channels: int = 4  # of Stage A's latents
@@ -159,6 +160,7 @@ PRESETS = {
     "tiny": Config(
         image_size=128,
         guidance=(2.0, 1.0),
+        steps=(20, 12),
         text_c=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         text_b=TextConfig(vocab_size=1024, length=24, width=128, depth=3, heads=4, mlp_width=512),
         a=VQGANConfig(channels=(32, 64), blocks=2, codebook_size=512, disc_depth=4, disc_width=128),
@@ -166,7 +168,7 @@ PRESETS = {
                                                      ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
                                                      ("mbconv", 4, 1, 80, 1), ("mbconv", 4, 2, 128, 1)),
                                     features=256, stochastic_depth=0.0),
-        b=StageBConfig(channels=(64, 128, 128), blocks=(1, 2, 2), heads=(0, 4, 4), sees_semantic=(True, True, True),
+        b=StageBConfig(channels=(64, 128, 192), blocks=(1, 1, 1), heads=(0, 0, 4), sees_semantic=(True, True, True),
                        cond_width=64, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, dropout=0.0),
     ),
@@ -186,9 +188,10 @@ PRESETS = {
     ),
 }
 
-# "tiny" at 64 px with smaller Stages B and C: trains in a third of the time.
-PRESETS["quick"] = replace(PRESETS["tiny"], image_size=64, b=StageBConfig(
-    channels=(64, 128), blocks=(2, 2), heads=(0, 4), sees_semantic=(True, True), cond_width=64, dropout=0.0),
+# "tiny" at 64 px with smaller Stages B and C: trains in a third of the time. Where time is short, more semantic cells
+# help (section 3.4): 3x3, as many as at 128 px.
+PRESETS["quick"] = replace(PRESETS["tiny"], image_size=64, shrink=1.5, b=StageBConfig(
+    channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True), cond_width=64, dropout=0.0),
     c=StageCConfig(width=128, depth=4, heads=4, dropout=0.0))
 
 # The same for CIFAR: there, captions say less of an image, and guidance makes the classes clearer.
@@ -1137,6 +1140,10 @@ class Wuerstchen(nn.Module):
         ids, mask = tokenizer(prompts)
         return encoder(ids.to(self.device), mask.to(self.device))
 
+    def times(self, steps, stage):
+        """steps: as `timesteps` takes them, or None for `config.steps`; stage "b" or "c" -> when to sample it"""
+        return timesteps(self.config.steps["cb".index(stage)] if steps is None else steps, self.device)
+
     def compress(self, images):
         """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16). ValueError if a side is not a multiple of
         `config.stride`, or if the published compressor was not there to load."""
@@ -1175,7 +1182,7 @@ class Wuerstchen(nn.Module):
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale
 
     @torch.no_grad()
-    def from_semantic(self, semantic, prompts, latent_size=None, negative="", steps=12, guidance=None, generator=None,
+    def from_semantic(self, semantic, prompts, latent_size=None, negative="", steps=None, guidance=None, generator=None,
                       **options):
         """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, latent_size (h, w): of Stage A's latents (None:
         as trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
@@ -1184,21 +1191,21 @@ class Wuerstchen(nn.Module):
             x = (random_numbers(torch.rand, shape[:3], generator, self.device) * self.config.a.codebook_size).long()
         else:
             x = normal_noise(shape, generator, self.device)
-        latents = self.sample_b(x, timesteps(steps, self.device), semantic, prompts, negative, guidance,
+        latents = self.sample_b(x, self.times(steps, "b"), semantic, prompts, negative, guidance,
                                 generator=generator, **options)
         return self.a.decode(latents).float().clamp(0, 1)
 
-    def generate(self, prompts, negative="", size=None, steps=(60, 12), guidance=(None, None), seed=None, **options):
+    def generate(self, prompts, negative="", size=None, steps=(None, None), guidance=(None, None), seed=None, **options):
         """Draws an image per prompt: Stage C, then B, then A.
 
         prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
-        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None:
-        `config.guidance`); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
+        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None: the
+        config's); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
         image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
         x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)
-        semantic = self.sample_c(x, timesteps(steps[0], self.device), prompts, negative, guidance[0],
+        semantic = self.sample_c(x, self.times(steps[0], "c"), prompts, negative, guidance[0],
                                  generator=generator, **options)
         return self.from_semantic(semantic, prompts, latent_size, negative, steps[1], guidance[1], generator, **options)
 

@@ -187,7 +187,7 @@ def generate(bench, config=CONFIG, counts=(1, 8), dtype=torch.float32):
     """Images of one caption, with random weights. counts: images per run; dtype: of the weights"""
     tokenizer = Tokenizer.train([CAPTION] * 2, length=config.text_c.length)
     with torch.device(bench.device):
-        ours = Wuerstchen(config, tokenizer).eval().to(dtype).generate
+        ours = partial(Wuerstchen(config, tokenizer).eval().to(dtype).generate, steps=(60, 12))
         theirs = reference and reference_generate(config, tokenizer, dtype)
 
     def draw(side, count, way):

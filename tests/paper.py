@@ -89,7 +89,7 @@ def make_baseline(config):
     """Stage B's network without semantic latents. The channels that it has more than Stage B are at the lower
     resolutions, where a parameter costs least time."""
     config = copy.deepcopy(config)
-    config.b.channels, config.b.sees_semantic = (64, 192, 240), (False,) * 3
+    config.b.channels, config.b.sees_semantic = (64, 256, 328), (False,) * 3
     return StageB(config)
 
 
@@ -189,7 +189,7 @@ SPEED = ("C", "B", "A", "three stages", "one U-Net, then A")
 
 @torch.no_grad()
 def speed(args):
-    """Three stages as `generate` runs them (C 60 steps with guidance, B 12 without), and the baseline with guidance.
+    """Three stages as `generate` runs them (C 20 steps with guidance, B 12 without), and the baseline with guidance.
     The median of three. The baseline's weights are random: they don't change its time."""
     torch.manual_seed(0)
     model, results = Wuerstchen.load(args.run), {}
@@ -207,8 +207,8 @@ def speed(args):
     for size, batch in ((128, 1), (128, 4), (128, 16), (256, 1), (256, 4), (512, 1)):
         captions, (cells, latents) = ["a red star"] * batch, model.config.grid(size, size)
         noise_c, noise_b = (normal_noise((batch, *shape), None, "cpu") for shape in ((*cells, 16), (*latents, 4)))
-        c, semantic = timed(lambda: model.sample_c(noise_c, timesteps(60, "cpu"), captions))
-        b, drawn = timed(lambda: model.sample_b(noise_b, timesteps(12, "cpu"), semantic, captions))
+        c, semantic = timed(lambda: model.sample_c(noise_c, model.times(None, "c"), captions))
+        b, drawn = timed(lambda: model.sample_b(noise_b, model.times(None, "b"), semantic, captions))
         a, _ = timed(lambda: model.a.decode(drawn))
         text, conditions = timed(lambda: unet.encode_conditions(
             None, model.encode_text(captions + [""] * batch, "b"), latents))
@@ -277,7 +277,7 @@ def stages(args):
     with torch.no_grad():
         (real, captions), seeds = test_set(96), list(range(96))
         compressed, generator = in_batches(model.compress, real), generators(seeds, 96)
-        drawn = model.sample_c(normal_noise((96, 3, 3, 16), generator, "cpu"), timesteps(60, "cpu"), captions,
+        drawn = model.sample_c(normal_noise((96, 3, 3, 16), generator, "cpu"), model.times(None, "c"), captions,
                                generator=generator)
 
         def by_b(captions):

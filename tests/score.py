@@ -343,8 +343,8 @@ def main(argv=None):
     add("--run", default="runs/tiny", help="run folder (default: runs/tiny)")
     add("--count", type=int, default=200, help="images per row of a table, at least 2 (default: 200)")
     add("--seed", type=int, default=0, help="seed of the first image; each image has the next seed (default: 0)")
-    add("--steps-c", type=int, default=60, help="steps of Stage C (default: 60)")
-    add("--steps-b", type=int, default=12, help="steps of Stage B (default: 12)")
+    add("--steps-c", type=int, help="steps of Stage C (default: the run's)")
+    add("--steps-b", type=int, help="steps of Stage B (default: the run's)")
     add("--cfg", type=float, help="guidance scale of Stage C; 1: none (default: the run's)")
     add("--cfg-b", type=float, help="guidance scale of Stage B; 1: none (default: the run's)")
     add("--inception", metavar="FILE", help="for Fréchet: TorchScript file, such as StyleGAN's inception-2015-12-05.pt")
@@ -352,7 +352,7 @@ def main(argv=None):
     add("--sweep", action="store_true", help="change the guidance scale and the numbers of steps, one at a time")
     add("--out", default="sweep.png", help="image file for the grid of --sweep (default: sweep.png)")
     args = parser.parse_args(argv)
-    if min(args.count - 1, args.steps_c, args.steps_b) < 1:
+    if min(args.count - 1, *(n for n in (args.steps_c, args.steps_b) if n is not None)) < 1:
         parser.error("--count must be at least 2, --steps-c and --steps-b at least 1")
     model = Wuerstchen.load(args.run).to(pick_device(args.device))
     (sweep if args.sweep else score)(model, args)

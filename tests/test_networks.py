@@ -51,7 +51,7 @@ def test_presets_fit_together(preset):
     with torch.device("meta"):  # shapes alone
         model, images, t = Wuerstchen(config, None), torch.rand(1, side, side, 3), torch.ones(1)
         ids = torch.ones(1, config.text_c.length, dtype=torch.int64)
-        latents, semantic = model.a.encode(images), model.compressor(shrink(images, 0.75))
+        latents, semantic = model.a.encode(images), model.compressor(shrink(images, config.shrink))
         assert latents.shape == (1, side // 4, side // 4, 4) and model.a.decode(latents).shape == images.shape
         assert semantic.shape == (1, config.cells, config.cells, 16)
         assert model.b(latents, t, semantic, model.text_b(ids, ids > 0)).shape == latents.shape
