@@ -352,7 +352,7 @@ def main(argv=None):
     add("--sweep", action="store_true", help="change the guidance scale and the numbers of steps, one at a time")
     add("--out", default="sweep.png", help="image file for the grid of --sweep (default: sweep.png)")
     args = parser.parse_args(argv)
-    if min(args.count - 1, *(n for n in (args.steps_c, args.steps_b) if n is not None)) < 1:
+    if args.count < 2 or any(n is not None and n < 1 for n in (args.steps_c, args.steps_b)):
         parser.error("--count must be at least 2, --steps-c and --steps-b at least 1")
     model = Wuerstchen.load(args.run).to(pick_device(args.device))
     (sweep if args.sweep else score)(model, args)
