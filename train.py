@@ -566,8 +566,8 @@ class Recipe:
 RECIPES = {
     "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(900, 16, 4e-3), b=Recipe(2600, 16, 1.2e-3),
                  c=Recipe(600, 64, 1.5e-3)),
-    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(600, 16, 4e-3), b=Recipe(1100, 16, 1.6e-3),
-                  c=Recipe(400, 64, 1.5e-3)),
+    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(800, 32, 4e-3), b=Recipe(1800, 32, 1.6e-3),
+                  c=Recipe(400, 128, 1.5e-3)),
     "cifar": dict(text=Recipe(500, 128, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2200, 64, 1.6e-3),
                   c=Recipe(2000, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),

@@ -156,7 +156,7 @@ class Config:
 
 
 PRESETS = {
-    # Trains on two CPU cores in half an hour.
+    # Trains on two CPU cores with bfloat16 in eight minutes.
     "tiny": Config(
         image_size=128,
         guidance=(2.0, 1.0),
@@ -188,10 +188,9 @@ PRESETS = {
     ),
 }
 
-# "tiny" at 64 px with smaller Stages B and C: trains in a third of the time. Where time is short, more semantic cells
-# help (section 3.4): 3x3, as many as at 128 px.
-PRESETS["quick"] = replace(PRESETS["tiny"], image_size=64, shrink=1.5, b=StageBConfig(
-    channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True), cond_width=64, dropout=0.0),
+# "tiny" at 64 px with other Stages B and C: trains faster, and draws worse.
+PRESETS["quick"] = replace(PRESETS["tiny"], image_size=64, b=StageBConfig(
+    channels=(64, 128), blocks=(2, 2), heads=(0, 4), sees_semantic=(True, True), cond_width=64, dropout=0.0),
     c=StageCConfig(width=128, depth=4, heads=4, dropout=0.0))
 
 # The same for CIFAR: there, captions say less of an image, and guidance makes the classes clearer.
