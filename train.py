@@ -952,12 +952,12 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 
 @torch.no_grad()
 def set_scale(run):
-    """Stage B's latents are divided by 3.2 times their deviation. Large shapes then hide in the noise for longer, and B
+    """Stage B's latents are divided by 2.4 times their deviation. Large shapes then hide in the noise for longer, and B
     learns to ask the semantic latents where they are and of what colour. In images below 128 px, shapes cover fewer
     latents and hide sooner: there, the factor falls with the side."""
     images, _ = examples(run.train_data, 256)
     deviation = torch.cat([run.model.a.encode(some.to(run.device)) for some in images.split(32)]).std()
-    run.model.a.scale.fill_(3.2 * min(1, run.model.config.image_size / 128) * deviation)
+    run.model.a.scale.fill_(2.4 * min(1, run.model.config.image_size / 128) * deviation)
 
 
 def train_b(run):

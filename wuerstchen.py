@@ -168,7 +168,7 @@ PRESETS = {
                                                      ("fused", 4, 2, 32, 1), ("mbconv", 4, 2, 64, 2),
                                                      ("mbconv", 4, 1, 80, 1), ("mbconv", 4, 2, 128, 1)),
                                     features=256, stochastic_depth=0.0),
-        b=StageBConfig(channels=(64, 128, 192), blocks=(1, 1, 1), heads=(0, 0, 4), sees_semantic=(True, True, True),
+        b=StageBConfig(channels=(64, 128, 192), blocks=(1, 1, 1), heads=(0, 0, 4), sees_semantic=(False, True, True),
                        cond_width=64, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, dropout=0.0),
     ),
@@ -762,7 +762,7 @@ class StageB(nn.Module):
         for mapper in filter(None, self.semantic_mappers):
             # The authors: N(0, 0.02). That is too quiet for a short run: B would not notice the semantic latents for
             # thousands of steps.
-            nn.init.normal_(mapper.weight, std=1.2)
+            nn.init.normal_(mapper.weight, std=0.5)
 
     def forward(self, x, t, semantic, text):
         """x: noisy latents (B, h, w, 4), t (B,) in [0, 1], semantic (B, hs, ws, 16), text (B, L, text width)

@@ -295,7 +295,7 @@ def test_a_finished_run(micro):
     assert {path.name for path in (micro / "sheets").iterdir()} == {
         f"{stage}_{step:06}.png" for stage in "abc" for step in (3, 6, 7)}
     images = torch.stack([torch.from_numpy(train.Shapes(32)[i][0]) for i in range(256)]) / 255
-    assert 0.75 < model.a.scale / model.a.encode(images).std() < 0.875  # 3.2 times 32/128
+    assert 0.56 < model.a.scale / model.a.encode(images).std() < 0.66  # 2.4 times 32/128
     assert not same(model.text_c.state_dict(), model.text_b.state_dict())  # C trains its own
 
 
