@@ -190,7 +190,8 @@ def keep(known, mask, noise):
 
 
 @torch.no_grad()
-def fill(model, images, masks, prompts, negative="", steps=(None, None), guidance=(None, None), seed=None, sampler="ddpm"):
+def fill(model, images, masks, prompts, negative="", steps=(None, None), guidance=(None, None), seed=None,
+         sampler="ddpm"):
     """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
     where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
     if model.config.b.token_width:

@@ -54,9 +54,9 @@ from tqdm import tqdm
 
 from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
 from tokenizer import Tokenizer, UserError, read_json, read_text
-from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, alpha_bar, contrastive_loss,
-                        diffusion_loss, load_file, load_state, replace_tokens, save_atomically, shrink, token_loss,
-                        training_times)
+from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, alpha_bar,
+                        contrastive_loss, diffusion_loss, load_file, load_state, replace_tokens, save_atomically,
+                        shrink, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
@@ -734,13 +734,9 @@ class Run:
         given = dict(steps=self.args.steps, batch=self.args.batch_size, lr=self.args.lr)
         return replace(begun, **{name: value for name, value in given.items() if value is not None})
 
-    @contextlib.contextmanager
     def autocast(self):
         """Matrix products in the run's precision, and attention by the kernel that is faster with it."""
-        plain = plain_attention(self.device.type, self.precision)
-        with (torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"),
-              sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
-            yield
+        return computing(self.device.type, self.precision, plain_attention(self.device.type, self.precision))
 
     def log(self, **numbers):
         """Adds a line to metrics.jsonl."""
@@ -1072,6 +1068,14 @@ def plain_attention(device, precision):
     kernel. On a CPU, the backward pass of the fused one takes up to twice as long in bfloat16; in float32, the two are
     equally fast."""
     return device == "cpu" and precision == "bfloat16"
+
+
+@contextlib.contextmanager
+def computing(device, precision, plain):
+    """While this is open, matrix products are in a precision, and attention is plain or by PyTorch's own choice."""
+    with (torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"),
+          sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
+        yield
 
 
 def parse_args(argv=None):

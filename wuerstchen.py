@@ -1194,12 +1194,13 @@ class Wuerstchen(nn.Module):
                                 generator=generator, **options)
         return self.a.decode(latents).float().clamp(0, 1)
 
-    def generate(self, prompts, negative="", size=None, steps=(None, None), guidance=(None, None), seed=None, **options):
+    def generate(self, prompts, negative="", size=None, steps=(None, None), guidance=(None, None), seed=None,
+                 **options):
         """Draws an image per prompt: Stage C, then B, then A.
 
         prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
-        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None: the
-        config's); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
+        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None:
+        the config's); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
         image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))

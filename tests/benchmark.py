@@ -13,12 +13,11 @@ All but the last with the networks and batch sizes of the preset "tiny".
 
 The reference is diffusers, with transformers; where they are missing, only our side is timed. The sides take turns, so
 that whatever else slows the machine slows both. Times, and ratios of times, are medians over the turns. Each side is
-timed in float32 and, where the machine has it, bfloat16, on a CPU each with PyTorch's fused attention and with the plain
-one (softmax(q·kᵀ)·v, product by product); what is fastest counts. OMP_NUM_THREADS sets the CPU cores.
+timed in float32 and, where the machine has it, bfloat16, on a CPU each with PyTorch's fused attention and with the
+plain one (softmax(q·kᵀ)·v, product by product); what is fastest counts. OMP_NUM_THREADS sets the CPU cores.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import subprocess
@@ -30,12 +29,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tokenizer import Tokenizer  # noqa: E402
-from train import pick_precision  # noqa: E402
+from train import computing, pick_precision  # noqa: E402
 from wuerstchen import PRESETS, VQGAN, StageB, StageC, Wuerstchen, diffusion_loss  # noqa: E402
 
 try:
@@ -55,7 +53,8 @@ class Bench:
     def __init__(self, device, rounds):
         self.device, self.rounds = device, rounds
         self.precisions = ["float32", "bfloat16"] if pick_precision(device) == "bfloat16" else ["float32"]
-        self.kernels = ["fused", "plain"] if device == "cpu" else ["fused"]
+        # (precision, whether attention is plain), as `computing` takes them
+        self.ways = list(itertools.product(self.precisions, (False, True) if device == "cpu" else (False,)))
         n = 8192 if device == "cuda" else 1536
         matrices = {name: torch.randn(n, n, device=device, dtype=getattr(torch, name)) for name in self.precisions}
         taken = self.alternate({name: partial(torch.matmul, x, x) for name, x in matrices.items()})
@@ -74,30 +73,22 @@ class Bench:
                 turn[i] = time.perf_counter() - start
         return dict(zip(sides, seconds[2:].T))
 
-    @contextlib.contextmanager
-    def computing(self, way):
-        """While this is open, products and attention are computed this way: (precision, kernel of attention)"""
-        precision, kernel = way
-        with (torch.autocast(self.device, torch.bfloat16, enabled=precision == "bfloat16"),
-              sdpa_kernel(SDPBackend.MATH) if kernel == "plain" else contextlib.nullcontext()):
-            yield
-
     def compare(self, what, images, ours, theirs=None):
-        """Times two works and prints the result. A work is a function: work(way), with a way that `computing` takes.
+        """Times two works and prints the result. A work is a function: work(way), with one of self.ways.
         what: headline; images: how many one run handles; theirs: None without a reference"""
         works, best = {"ours": ours} | ({"reference": theirs} if theirs else {}), {}
-        ways = list(itertools.product(self.precisions, self.kernels))
-        taken = self.alternate({(side, way): partial(work, way) for side, work in works.items() for way in ways})
+        taken = self.alternate({(side, way): partial(work, way) for side, work in works.items() for way in self.ways})
         print(f"\n{what}")
         for side, work in works.items():
-            way = min(ways, key=lambda way: taken[side, way].median())
+            precision, plain = way = min(self.ways, key=lambda way: taken[side, way].median())
             best[side] = taken[side, way]
             with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-                work((way[0], self.kernels[-1]))  # the counter misses the fused kernel on a CPU
+                work((precision, self.ways[-1][1]))  # the counter misses the fused kernel on a CPU
             took = best[side].median().item()
             rate = counter.get_total_flops() / took
-            print(f"  {side:9} {took * 1e3:9.1f} ms in {way[0]}, {way[1]} attention, {images / took:7.1f} images/s, "
-                  f"{rate / 1e9:7,.0f} GFLOP/s = {rate / self.rates[way[0]]:3.0%} of matrix products", flush=True)
+            print(f"  {side:9} {took * 1e3:9.1f} ms in {precision}, {'plain' if plain else 'fused'} attention, "
+                  f"{images / took:7.1f} images/s, "
+                  f"{rate / 1e9:7,.0f} GFLOP/s = {rate / self.rates[precision]:3.0%} of matrix products", flush=True)
         if theirs:
             print(f"  {(best['reference'] / best['ours']).median():.2f} times as fast as the reference", flush=True)
 
@@ -109,7 +100,7 @@ def training_step(bench, network, loss_of):
 
     def step(way):
         optimizer.zero_grad()
-        with bench.computing(way):
+        with computing(bench.device, *way):
             loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -191,7 +182,7 @@ def generate(bench, config=CONFIG, counts=(1, 8), dtype=torch.float32):
         theirs = reference and reference_generate(config, tokenizer, dtype)
 
     def draw(side, count, way):
-        with bench.computing(way):
+        with computing(bench.device, *way):
             side([CAPTION] * count)
 
     for count in counts:

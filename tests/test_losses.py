@@ -146,8 +146,8 @@ def loss_c(c):
 
 @pytest.mark.parametrize("loss_of, x0, share", [(loss_b, 0.2 / 0.4, 0.25), (loss_c, (8 - 5) / 2, 0.05)])
 def test_diffusion_losses(loss_of, x0, share):
-    """A network that finds eps has no loss; one that is wrong by 1 has the weight 1 - alpha_bar at its own times, and in
-    Stage B the factor, whose mean is 1."""
+    """A network that finds eps has no loss; one that is wrong by 1 has the weight 1 - alpha_bar at its own times, and
+    in Stage B the factor, whose mean is 1."""
     right, wrong = Knowing(x0), Knowing(x0, wrong=1.0)
     assert loss_of(right) < 1e-6
     loss, signal = loss_of(wrong).detach(), alpha_bar(wrong.t)

@@ -453,7 +453,7 @@ def test_precision_is_what_the_hardware_has(has, picked, monkeypatch):
 
 
 @pytest.mark.parametrize("precision, fused", [("bfloat16", False), ("float32", True)])
-def test_attention_in_bfloat16_is_plain_on_a_cpu(micro, precision, fused, monkeypatch):
+def test_attention_in_bfloat16_is_plain_on_a_cpu(micro, precision, fused):
     args = train.parse_args(["--run", str(micro), "--device", "cpu", "--precision", precision])
     run = train.Run(args, dict(train=None, test=None))
     q = torch.randn(1, 2, 4, 8, requires_grad=True)
