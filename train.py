@@ -496,7 +496,8 @@ def noisy_conditions(compressor, small, text, null_text):
     Stage C's e will never be exact, B learns with
 
         text: replaced by the null caption for 25 % of the images (the authors: 5 %)
-        e: noised at a random time in [0, 0.5] for 30 % of the images that have a caption; then zeroed for 5 % of all
+        e: noised at a random time in [0, 0.5] for 10 % of the images that have a caption (the authors: 30 % of all);
+           then zeroed for 5 % of all
 
     each choice by a `bernoulli_mask` of its own.
 
@@ -509,7 +510,7 @@ def noisy_conditions(compressor, small, text, null_text):
     text = torch.where(drop_text, null_text, text)
     semantic = compressor(small).float()
     noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(len(small), device=small.device) / 2)
-    semantic = torch.where(bernoulli_mask(0.3, semantic) & ~drop_text[..., None], noised, semantic)
+    semantic = torch.where(bernoulli_mask(0.1, semantic) & ~drop_text[..., None], noised, semantic)
     return torch.where(bernoulli_mask(0.05, semantic), 0, semantic), text
 
 
@@ -566,8 +567,8 @@ class Recipe:
 RECIPES = {
     "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(900, 16, 4e-3), b=Recipe(2600, 16, 1.2e-3),
                  c=Recipe(600, 64, 1.5e-3)),
-    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(800, 32, 4e-3), b=Recipe(1800, 32, 1.6e-3),
-                  c=Recipe(400, 128, 1.5e-3)),
+    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 4e-3), b=Recipe(1500, 16, 1.2e-3),
+                  c=Recipe(450, 64, 1.5e-3)),
     "cifar": dict(text=Recipe(500, 128, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2200, 64, 1.6e-3),
                   c=Recipe(2000, 128, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
@@ -604,15 +605,19 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
+POLYNOMIALS = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283, 0.4573))
+
+
 def orthogonal(x, dtype):
-    """About the nearest orthogonal matrix to each x (N, m, n), by five Newton-Schulz steps with Jordan's coefficients:
-    y <- 3.4445·y + (−4.775·yyᵀ + 2.0315·(yyᵀ)²)·y"""
+    """About the nearest orthogonal matrix to each x (N, m, n), by three steps y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y. Each
+    moves all singular values towards 1, those from 0.005 on as near as its three numbers allow, knowing where the step
+    before leaves them (Amsel et al., 2025); from 0.005 to 1.02, they end between 0.48 and 1.52."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     y = y.mT if tall else y
-    for _ in range(5):
+    for a, b, c in POLYNOMIALS:
         gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).to(x.dtype)
 
 
@@ -782,10 +787,10 @@ class Run:
             files, texts = {}, []
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            # Batches of 16: large ones take a CPU twice as long, because of the memory for their activations.
+            # Batches of 8: larger ones take a CPU up to twice as long, because of the memory for their activations.
             count = len(self.train_data.items) if isinstance(self.train_data, Images) else math.inf
-            steps = math.ceil(min(self.args.cache or count, count) / 16)
-            for images, own in tqdm(self.load(range(steps), 16), name, steps):
+            steps = math.ceil(min(self.args.cache or count, count) / 8)
+            for images, own in tqdm(self.load(range(steps), 8), name, steps):
                 if self.args.flip:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():

@@ -95,8 +95,10 @@ def test_every_parameter_has_one_optimizer_and_large_matrices_have_muon():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_muon_is_torchs(dtype):
-    """All matrices of a shape at once do what torch.optim.Muon does to each; wide, tall and square ones."""
+def test_muon_is_torchs(dtype, monkeypatch):
+    """With Jordan's five steps, all matrices of a shape at once do what torch.optim.Muon does to each; wide, tall and
+    square ones."""
+    monkeypatch.setattr(train, "POLYNOMIALS", 5 * [(3.4445, -4.775, 2.0315)])
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("needs PyTorch 2.9")
     start = [torch.randn(shape) for shape in ((64, 64), (64, 64), (128, 64), (64, 192), (64, 192))]
@@ -110,13 +112,19 @@ def test_muon_is_torchs(dtype):
         muon.step()
         reference.step()
     assert all((p - q).norm() < 0.02 * (q - first).norm() for p, q, first in zip(ours, theirs, start))
-    x = torch.randn(2, 64, 192)
-    u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
-    values = values / values.norm(dim=1, keepdim=True)
-    for _ in range(5):
-        values = 3.4445 * values - 4.775 * values ** 3 + 2.0315 * values ** 5
-    error = (train.orthogonal(x, dtype) - u @ values.diag_embed() @ v).abs().max()
-    assert error < (1e-5 if dtype == torch.float32 else 0.03) and 0.6 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_orthogonal(dtype):
+    """The singular values come out as the polynomials say, near 1 even if there is only one."""
+    for x in (torch.randn(2, 64, 192), torch.randn(2, 192, 64), torch.randn(2, 64, 1) @ torch.randn(2, 1, 64)):
+        u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
+        values = values / values.norm(dim=1, keepdim=True)
+        for a, b, c in train.POLYNOMIALS:
+            values = a * values + b * values ** 3 + c * values ** 5
+        assert (train.orthogonal(x, dtype) - u @ values.diag_embed() @ v).abs().max() < (
+            1e-4 if dtype == torch.float32 else 0.05)
+        assert 0.4 < values[:, 0].min() and values.max() < 1.6
 
 
 def test_fit_is_this_loop(tmp_path):
@@ -405,11 +413,11 @@ def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
     for place, name in ((train, "shrink"), (Wuerstchen, "compress")):  # b and c compute these
         monkeypatch.setattr(place, name, lambda *x, f=getattr(place, name): computed.append(0) or f(*x))
     for stage, before in (("b", "a.pt"), ("c", "b.pt")):
-        assert [begin(stage), begin(stage)] == [4, 0]
+        assert [begin(stage), begin(stage)] == [8, 0]
         os.utime(folder / before, (time.time() + 0.01,) * 2)
         time.sleep(0.02)
-        assert [begin(stage), begin(stage)] == [4, 0]
-        assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [7, 4, 0]
+        assert [begin(stage), begin(stage)] == [8, 0]
+        assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [13, 8, 0]
 
 
 def test_the_cache_has_mirror_images_and_all_captions(tmp_path):
@@ -427,7 +435,7 @@ def test_the_cache_has_mirror_images_and_all_captions(tmp_path):
     arrays = run.cached("x", "options.json", compute)
     rows = [(int(re.search(r"\d+", captions)[0]), mirrored, image.tobytes()) for captions, mirrored, image in zip(
         arrays["captions"], arrays["mirrored"].tolist(), arrays["images"], strict=True)]
-    assert computed == [32] * (2 + math.ceil(count / 16)) and len({i for i, _, _ in rows}) == count
+    assert computed == [16] * (2 + math.ceil(count / 8)) and len({i for i, _, _ in rows}) == count
     assert {(i, mirrored) for i, mirrored, _ in rows} == {
         (i, mirrored) for i, _, _ in rows for mirrored in (False, True)[:1 + (i % 4 > 0)]}
     batches, recipe = run.cached_batches(arrays), train.Recipe(200, 6, 0)
