@@ -565,9 +565,9 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(900, 16, 4e-3), b=Recipe(2600, 16, 1.2e-3),
+    "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(1000, 16, 6e-3), b=Recipe(2350, 16, 1.2e-3),
                  c=Recipe(600, 64, 1.5e-3)),
-    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 4e-3), b=Recipe(1500, 16, 1.2e-3),
+    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 6e-3), b=Recipe(1500, 16, 1.2e-3),
                   c=Recipe(450, 64, 1.5e-3)),
     "cifar": dict(text=Recipe(500, 128, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2200, 64, 1.6e-3),
                   c=Recipe(2000, 128, 1.5e-3)),
