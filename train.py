@@ -55,8 +55,8 @@ from tqdm import tqdm
 from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
 from tokenizer import Tokenizer, UserError, read_json, read_text
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, alpha_bar,
-                        contrastive_loss, diffusion_loss, load_file, load_state, replace_tokens, save_atomically,
-                        shrink, token_loss, training_times)
+                        contrastive_loss, diffusion_loss, load_file, load_state, replace_tokens, rescale,
+                        save_atomically, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
@@ -504,7 +504,7 @@ def noisy_conditions(compressor, small, text, null_text):
     We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
     there is no caption, e is all that B has, and is never noised.
 
-    small: images that were shrunk (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
+    small: images after `rescale` (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
     caption, that is the empty one, encoded -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
@@ -967,7 +967,7 @@ def train_b(run):
 
     def compute(images):  # Stage A no longer changes
         latents = model.a.encode(images)
-        return dict(small=(shrink(images, model.config.shrink).clamp(0, 1) * 255).round().byte(),
+        return dict(small=(rescale(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
     arrays = run.cached("latents", "a.pt", compute)

@@ -115,7 +115,7 @@ class Config:
     image_size: int = 1024  # side in pixels that the stages are trained at
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
-    shrink: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
+    rescale: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
     semantic_channels: int = 16  # of the semantic latents: what the compressor gives, B reads and C draws
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
@@ -133,8 +133,8 @@ class Config:
 
     @property
     def cells(self):
-        """Side of the semantic latents at `image_size`. 128 px, shrunk to 96 -> 3"""
-        return math.ceil(self.shrink * self.image_size / 32)
+        """Side of the semantic latents at `image_size`. 128 px, rescaled to 96 -> 3"""
+        return math.ceil(self.rescale * self.image_size / 32)
 
     def grid(self, height, width):
         """Latent sizes for an image of height x width pixels, rounded as the published model does: one semantic cell
@@ -191,7 +191,7 @@ PRESETS = {
 # 64 px, compressed half as much: 3x3 cells too, for which the compressor sees images enlarged to 96 px. What is less
 # compressed is learned sooner (section 3.4).
 PRESETS["quick"] = replace(
-    PRESETS["tiny"], image_size=64, shrink=1.5,
+    PRESETS["tiny"], image_size=64, rescale=1.5,
     b=replace(PRESETS["tiny"].b, channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True)))
 
 # The same for CIFAR: there, captions say less of an image, and guidance makes the classes clearer.
@@ -446,7 +446,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, features, self.shrink = config.text_b.width, config.compressor.features, config.shrink
+        width, features, self.rescale = config.text_b.width, config.compressor.features, config.rescale
         self.text = TextEncoder(config.text_b)
         self.image = EfficientNet(config.compressor)
         self.text_projection = nn.Linear(width, width, bias=False)
@@ -463,7 +463,7 @@ class CLIP(nn.Module):
     def image_features(self, images):
         """images (B, H, W, 3) in [0, 1] -> features of the image's 3x3 parts (B, 9, features). Parts, not their mean:
         a mean would not say where in the image something is."""
-        features = self.image(shrink(images, self.shrink)).permute(0, 3, 1, 2)
+        features = self.image(rescale(images, self.rescale)).permute(0, 3, 1, 2)
         parts = F.adaptive_avg_pool2d(features.cpu() if features.is_mps else features, 3)  # MPS can't pool 2 cells to 3
         return parts.flatten(2).mT.to(features.device)
 
@@ -694,7 +694,7 @@ class EfficientNet(nn.Module):
 
 
 class SemanticCompressor(nn.Module):
-    """A shrunken image to a few semantic latents: 128 px -> 96 px -> 3x3x16."""
+    """A rescaled image to a few semantic latents: 128 px -> 96 px -> 3x3x16."""
 
     def __init__(self, config):
         super().__init__()
@@ -703,7 +703,7 @@ class SemanticCompressor(nn.Module):
         self.norm = nn.BatchNorm1d(config.semantic_channels)
 
     def forward(self, images):
-        """images (B, H, W, 3) in [0, 1], already shrunk -> semantic latents (B, ⌈H/32⌉, ⌈W/32⌉, 16)"""
+        """images (B, H, W, 3) in [0, 1], already rescaled -> semantic latents (B, ⌈H/32⌉, ⌈W/32⌉, 16)"""
         x = self.mapper(self.backbone(images))
         return self.norm(x.flatten(0, 2)).view_as(x)
 
@@ -716,8 +716,8 @@ def resize(images, height, width, align_corners=False):
     return x.permute(0, 2, 3, 1).to(images.device)
 
 
-def shrink(images, scale):
-    """What the compressor sees: the image at `Config.shrink` of its size. (B, H, W, 3) -> (B, scale·H, scale·W, 3)"""
+def rescale(images, scale):
+    """What the compressor sees: the image, resized by `Config.rescale`. (B, H, W, 3) -> (B, scale·H, scale·W, 3)"""
     return resize(images, round(scale * images.shape[1]), round(scale * images.shape[2]))
 
 
@@ -1152,7 +1152,7 @@ class Wuerstchen(nn.Module):
             raise UserError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
         if self.compressor is None:
             raise UserError("no EfficientNetEncoder beside the snapshots: it compresses images")
-        return self.compressor(shrink(images, self.config.shrink)).float()
+        return self.compressor(rescale(images, self.config.rescale)).float()
 
     @torch.no_grad()
     def sample_c(self, x, times, prompts, negative="", guidance=None, **options):

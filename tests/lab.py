@@ -373,16 +373,16 @@ def learning_merges(m):
         "the norm is over H and W: yours is over H only": ("dim=(1, 2)", "dim=1"),
         "G is divided by its mean over channels, not by its sum": ("norm.mean(dim=-1", "norm.sum(dim=-1"),
         "G is the L2 norm: the root is missing": (".sqrt()", ""),
-        "G is the L2 norm, not the sum of absolute values": (".square().sum", ".abs().sum", ".sqrt()", ""),
+        "G is the L2 norm, not the sum of absolute values": ("(y * y).sum", "y.abs().sum", ".sqrt()", ""),
         "x itself is missing: out = gamma·(x·N) + beta + x": ("(1 + self.gamma * response)", "(self.gamma * response)"),
         "G is not divided by its mean": (" / (norm.mean(dim=-1, keepdim=True) + 1e-6)", ""),
         "gamma scales only x·N, not x": ("1 + self.gamma * response", "self.gamma * (1 + response)"),
-        "beta is missing": ("self.beta.to(x.dtype)", "0 * self.beta.to(x.dtype)"),
+        "beta is missing": (" + self.beta.to(x.dtype)", ""),
     },
     same=(
-        ("(x.float().square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()", "x.norm(dim=(1, 2), keepdim=True)"),
-        ("square().sum(dim", "square().mean(dim"),
-        ("torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))",
+        ("((y * y).sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()", "x.norm(dim=(1, 2), keepdim=True)"),
+        ("(y * y).sum(dim", "(y * y).mean(dim"),
+        ("x * (1 + self.gamma * response).to(x.dtype) + self.beta.to(x.dtype)",
          "self.gamma * x * response + self.beta + x"),
     ), draws=True)
 def grn(m):
@@ -815,14 +815,14 @@ def sampling(m):
             "    noised = add_noise(", "    semantic = torch.where(bernoulli_mask(0.05, semantic), 0, semantic)\n"
             "    noised = add_noise("),
         "each choice needs a mask of its own": (
-            "semantic = torch.where(bernoulli_mask(0.3, semantic)", "same = torch.rand(len(semantic), 1, 1, 1)\n"
-            "    semantic = torch.where((same < 0.3)", "bernoulli_mask(0.05, semantic)", "same < 0.05"),
+            "semantic = torch.where(bernoulli_mask(0.1, semantic)", "same = torch.rand(len(semantic), 1, 1, 1)\n"
+            "    semantic = torch.where((same < 0.1)", "bernoulli_mask(0.05, semantic)", "same < 0.05"),
         "no semantic latents are zeroed": ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)", "semantic"),
         "yours is inverted: 5 % of the semantic latents are zeroed, not 95 %":
             ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)",
              "torch.where(bernoulli_mask(0.05, semantic), semantic, 0)"),
         "semantic latents are noised only where there is a caption": (" & ~drop_text[..., None]", ""),
-        "no semantic latents are noised": ("torch.where(bernoulli_mask(0.3, semantic) & ~drop_text[..., None], noised, "
+        "no semantic latents are noised": ("torch.where(bernoulli_mask(0.1, semantic) & ~drop_text[..., None], noised, "
                                            "semantic)", "semantic"),
         "semantic latents are noised to times in [0, 0.5], not in [0, 1]": (" / 2)\n", ")\n"),
         "the times are those of Stage C; Stage B's are σ(0.5 + normal noise)":

@@ -57,7 +57,7 @@ def start_run(args, name, files, image_size=None, cells=None):
         sizes = json.loads((source / file).read_text())
         sizes["image_size"] = image_size or sizes["image_size"]
         if cells and file == "config.json":
-            sizes["shrink"] = 32 * cells / sizes["image_size"]
+            sizes["rescale"] = 32 * cells / sizes["image_size"]
         (folder / file).write_text(json.dumps(sizes))
     return folder
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from wuerstchen import (CLIP, PRESETS, AttnBlock, CompressorConfig, Config, Discriminator, GlobalResponseNorm, MBConv,
                         Quantizer, ResBlock, SemanticCompressor, StageB, StageBConfig, StageC, StageCConfig, TextConfig,
-                        TextEncoder, TimestepBlock, VQBlock, VQGAN, VQGANConfig, Wuerstchen, contrastive_loss, shrink,
+                        TextEncoder, TimestepBlock, VQBlock, VQGAN, VQGANConfig, Wuerstchen, contrastive_loss, rescale,
                         time_embedding)
 
 CONFIG = Config(
@@ -51,7 +51,7 @@ def test_presets_fit_together(preset):
     with torch.device("meta"):  # shapes alone
         model, images, t = Wuerstchen(config, None), torch.rand(1, side, side, 3), torch.ones(1)
         ids = torch.ones(1, config.text_c.length, dtype=torch.int64)
-        latents, semantic = model.a.encode(images), model.compressor(shrink(images, config.shrink))
+        latents, semantic = model.a.encode(images), model.compressor(rescale(images, config.rescale))
         assert latents.shape == (1, side // 4, side // 4, 4) and model.a.decode(latents).shape == images.shape
         assert semantic.shape == (1, config.cells, config.cells, 16)
         assert model.b(latents, t, semantic, model.text_b(ids, ids > 0)).shape == latents.shape
@@ -65,7 +65,7 @@ def test_presets_fit_together(preset):
 def test_grid_of_the_published_model():
     """ceil(pixels / 42.67) cells and int(10.67 cells) latents wherever that divides by 16."""
     assert PRESETS["tiny"].grid(128, 128) == ((3, 3), (32, 32))
-    config = replace(PRESETS["tiny"], image_size=64, shrink=2.5)
+    config = replace(PRESETS["tiny"], image_size=64, rescale=2.5)
     assert config.grid(64, 64) == ((5, 5), (16, 16)) and config.grid(128, 64) == ((10, 5), (32, 16))
     grid = PRESETS["v2"].grid
     for pixels in range(1, 4000):
@@ -147,8 +147,8 @@ def test_text_encoder_is_causal_and_blind_to_padding():
 def test_clip_by_hand():
     clip, images = CLIP(CONFIG).eval(), torch.rand(2, 32, 32, 3)
     assert_close(clip.embed_images(images).norm(dim=1), torch.ones(2))
-    clip.image.forward = lambda shrunk: shrunk  # 8 px -> 6 px -> 3x3 parts of 2x2 pixels
-    parts = shrink(images[:, :8, :8], 0.75).unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1, 2)
+    clip.image.forward = lambda x: x  # 8 px -> 6 px -> 3x3 parts of 2x2 pixels
+    parts = rescale(images[:, :8, :8], 0.75).unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1, 2)
     assert_close(clip.image_features(images[:, :8, :8]), parts)
     clip.text.forward = lambda ids, mask: 3 * torch.eye(8, 12).expand(2, 8, 12)  # token i: 3 in channel i
     clip.text_projection.weight.data = torch.eye(12)

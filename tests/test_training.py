@@ -410,7 +410,7 @@ def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
             train.main([stage, "--run", str(folder), *FEW, *options])
         return len(computed)
     monkeypatch.setattr(train, "fit", kill)
-    for place, name in ((train, "shrink"), (Wuerstchen, "compress")):  # b and c compute these
+    for place, name in ((train, "rescale"), (Wuerstchen, "compress")):  # b and c compute these
         monkeypatch.setattr(place, name, lambda *x, f=getattr(place, name): computed.append(0) or f(*x))
     for stage, before in (("b", "a.pt"), ("c", "b.pt")):
         assert [begin(stage), begin(stage)] == [8, 0]
