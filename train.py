@@ -998,7 +998,8 @@ def init_mapper(compressor, batches):
     """Starts the compressor's mapper from the principal components of its backbone's features; with random directions,
     B loses the details of shapes. batches: list of small images (B, h, w, 3) in [0, 1]"""
     features = torch.cat([compressor.backbone(images) for images in batches])
-    _, directions = torch.linalg.eigh(features.flatten(0, 2).T.cov().cpu())  # by rising variance; MPS has no eigh
+    features = features.flatten(0, 2).cpu().double()  # float32 fails where few images differ; MPS has no eigh
+    _, directions = torch.linalg.eigh(features.T.cov())  # by rising variance
     compressor.mapper.weight.copy_(directions[:, -len(compressor.mapper.weight):].T)
 
 
