@@ -55,7 +55,7 @@ from tqdm import tqdm
 from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
 from tokenizer import Tokenizer, UserError, read_json, read_text
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, alpha_bar,
-                        contrastive_loss, diffusion_loss, load_file, load_state, replace_tokens, rescale,
+                        contrastive_loss, diffusion_loss, load_file, load_state, replace_tokens, rescaled,
                         save_atomically, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -496,15 +496,15 @@ def noisy_conditions(compressor, small, text, null_text):
     Stage C's e will never be exact, B learns with
 
         text: replaced by the null caption for 25 % of the images (the authors: 5 %)
-        e: noised at a random time in [0, 0.5] for 10 % of the images that have a caption (the authors: 30 % of all);
-           then zeroed for 5 % of all
+        e: noised at a random time in [0, 0.5] for 10 % of the images that have a caption (the authors: in 30 %
+           of the batches, with and without captions); then zeroed for 5 % of all
 
     each choice by a `bernoulli_mask` of its own.
 
     We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
     there is no caption, e is all that B has, and is never noised.
 
-    small: images after `rescale` (B, 3H/4, 3W/4, 3) in [0, 1]; text (B, L, width); null_text (1, L, width): the null
+    small: what the compressor sees (B, 3H/4, 3W/4, 3), in [0, 1]; text (B, L, width); null_text (1, L, width): the null
     caption, that is the empty one, encoded -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
@@ -580,9 +580,10 @@ RECIPES = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, with all singular values of the update set to about 1 (Jordan et al., 2024). For matrices; all stages
+    """Momentum, with all singular values of the update brought near 1 (Jordan et al., 2024). For matrices; all stages
     then need far fewer steps. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
-    fortieth of float32's speed; here `dtype` says. Matrices of one shape are updated together, a fifth faster."""
+    fortieth of float32's speed; here `dtype` says, and `orthogonal` takes three steps instead of five. Matrices of one
+    shape are updated together, which is faster."""
 
     def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
         super().__init__(groups, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
@@ -605,17 +606,17 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-POLYNOMIALS = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283, 0.4573))
+NEWTON_SCHULZ = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283, 0.4573))  # a, b, c of each step
 
 
 def orthogonal(x, dtype):
-    """About the nearest orthogonal matrix to each x (N, m, n), by three steps y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y. Each
-    moves all singular values towards 1, those from 0.005 on as near as its three numbers allow, knowing where the step
-    before leaves them (Amsel et al., 2025); from 0.005 to 1.02, they end between 0.48 and 1.52."""
+    """About the nearest orthogonal matrix to each x (N, m, n), by three Newton-Schulz steps
+    y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y. Each narrows the interval around 1 that holds the singular values: [0.005, 1.02]
+    -> [0.04, 1.96] -> [0.15, 1.85] -> [0.48, 1.52] (Amsel et al., 2025). Smaller ones end lower."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     y = y.mT if tall else y
-    for a, b, c in POLYNOMIALS:
+    for a, b, c in NEWTON_SCHULZ:
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).to(x.dtype)
@@ -776,9 +777,9 @@ class Run:
         return text[:-1], text[-1:]
 
     def cached(self, name, made_from, compute):
-        """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (if not given: all
-        of a data set on disk), computed once; with --flip, for their mirror images too. The cache is valid while it is
-        newer than the stage it was made from, a file in the run folder, and options.json.
+        """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (rounded up to
+        batches of 8; if not given, all of a data set on disk), computed once; with --flip, for their mirror images too.
+        The cache is valid while it is newer than the stage it was made from, a file in the run folder, and options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -967,7 +968,7 @@ def train_b(run):
 
     def compute(images):  # Stage A no longer changes
         latents = model.a.encode(images)
-        return dict(small=(rescale(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
+        return dict(small=(rescaled(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
     arrays = run.cached("latents", "a.pt", compute)
@@ -998,7 +999,7 @@ def init_mapper(compressor, batches):
     """Starts the compressor's mapper from the principal components of its backbone's features; with random directions,
     B loses the details of shapes. batches: list of small images (B, h, w, 3) in [0, 1]"""
     features = torch.cat([compressor.backbone(images) for images in batches])
-    features = features.flatten(0, 2).cpu().double()  # float32 fails where few images differ; MPS has no eigh
+    features = features.flatten(0, 2).cpu().double()  # float32 fails if all are alike; MPS has neither eigh nor float64
     _, directions = torch.linalg.eigh(features.T.cov())  # by rising variance
     compressor.mapper.weight.copy_(directions[:, -len(compressor.mapper.weight):].T)
 

@@ -9,7 +9,7 @@ How fast this is, beside the reference's classes on the same machine:
     stages      each stage of train.py as a user calls it, images per second
     v2          (CUDA only) the published sizes: training Stage C, compiled; drawing at 1024 px
 
-All but the last with the networks and batch sizes of the preset "tiny".
+All but the last with the networks of the preset "tiny"; a training step has twice the images of its recipe.
 
 The reference is diffusers, with transformers; where they are missing, only our side is timed. The sides take turns, so
 that whatever else slows the machine slows both. Times, and ratios of times, are medians over the turns. Each side is

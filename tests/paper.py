@@ -234,8 +234,8 @@ def compression(args):
         weights = torch.load(folder / "a.pt", weights_only=True)
         weights["a"]["scale"] /= 2  # as train.set_scale has it for half the size
         torch.save(weights, folder / "a.pt")
-        train_stage("b", folder, "--steps", str(args.steps or 900), "--cache", "4096")
-        train_stage("c", folder, "--steps", str(args.steps or 200))
+        train_stage("b", folder, "--steps", str(args.steps or 1500), "--cache", "4096")
+        train_stage("c", folder, "--steps", str(args.steps or 450))
         model = Wuerstchen.load(folder)
         rebuilt = in_batches(lambda x, seeds: model.reconstruct(x, seed=seeds)[1], images, seeds)
         drawn = draw(model, captions)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokenizer import Tokenizer
 from train import Shapes
-from wuerstchen import CLIP, PRESETS, Wuerstchen, rescale
+from wuerstchen import CLIP, PRESETS, Wuerstchen, rescaled
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +49,7 @@ def make_model():
     images = shapes(8)
     for _ in range(10):  # latents with mean 0 and deviation 1, as after training
         model.a.train().encode(images)
-        model.compressor.train()(rescale(images, 0.75))
+        model.compressor.train()(rescaled(images, 0.75))
     model.c.latent_mean += 0.3
     model.c.latent_std *= 1.5
     return model.eval()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import train
-from wuerstchen import PRESETS, SemanticCompressor, alpha_bar, rescale
+from wuerstchen import PRESETS, SemanticCompressor, alpha_bar, rescaled
 
 
 def test_hard_negatives_by_hand(monkeypatch):
@@ -274,7 +274,7 @@ def test_stage_b_gets_latents_and_text(begin):
     assert torch.equal(latents, batch["latents"].float())
     close(text, model.encode_text(batch["captions"], "b"))
     close(stage.cache["latents"], model.a.encode(stage.images))
-    close(stage.cache["small"] / 255, rescale(stage.images, 0.75).clamp(0, 1), atol=0.0021, rtol=0)  # rounded
+    close(stage.cache["small"] / 255, rescaled(stage.images, 0.75).clamp(0, 1), atol=0.0021, rtol=0)  # rounded
     close(null_text, model.encode_text([""], "b"))
     assert stage.lr_scale("compressor.norm.weight") == 0.2 and stage.lr_scale("b.out.weight") == 1
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from wuerstchen import (CLIP, PRESETS, AttnBlock, CompressorConfig, Config, Discriminator, GlobalResponseNorm, MBConv,
                         Quantizer, ResBlock, SemanticCompressor, StageB, StageBConfig, StageC, StageCConfig, TextConfig,
-                        TextEncoder, TimestepBlock, VQBlock, VQGAN, VQGANConfig, Wuerstchen, contrastive_loss, rescale,
+                        TextEncoder, TimestepBlock, VQBlock, VQGAN, VQGANConfig, Wuerstchen, contrastive_loss, rescaled,
                         time_embedding)
 
 CONFIG = Config(
@@ -51,7 +51,7 @@ def test_presets_fit_together(preset):
     with torch.device("meta"):  # shapes alone
         model, images, t = Wuerstchen(config, None), torch.rand(1, side, side, 3), torch.ones(1)
         ids = torch.ones(1, config.text_c.length, dtype=torch.int64)
-        latents, semantic = model.a.encode(images), model.compressor(rescale(images, config.rescale))
+        latents, semantic = model.a.encode(images), model.compressor(rescaled(images, config.rescale))
         assert latents.shape == (1, side // 4, side // 4, 4) and model.a.decode(latents).shape == images.shape
         assert semantic.shape == (1, config.cells, config.cells, 16)
         assert model.b(latents, t, semantic, model.text_b(ids, ids > 0)).shape == latents.shape
@@ -148,7 +148,7 @@ def test_clip_by_hand():
     clip, images = CLIP(CONFIG).eval(), torch.rand(2, 32, 32, 3)
     assert_close(clip.embed_images(images).norm(dim=1), torch.ones(2))
     clip.image.forward = lambda x: x  # 8 px -> 6 px -> 3x3 parts of 2x2 pixels
-    parts = rescale(images[:, :8, :8], 0.75).unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1, 2)
+    parts = rescaled(images[:, :8, :8], 0.75).unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1, 2)
     assert_close(clip.image_features(images[:, :8, :8]), parts)
     clip.text.forward = lambda ids, mask: 3 * torch.eye(8, 12).expand(2, 8, 12)  # token i: 3 in channel i
     clip.text_projection.weight.data = torch.eye(12)
