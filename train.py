@@ -612,7 +612,7 @@ NEWTON_SCHULZ = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283,
 def orthogonal(x, dtype):
     """About the nearest orthogonal matrix to each x (N, m, n), by three Newton-Schulz steps
     y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y. Each narrows the interval around 1 that holds the singular values: [0.005, 1.02]
-    -> [0.04, 1.96] -> [0.15, 1.85] -> [0.48, 1.52] (Amsel et al., 2025). Smaller ones end lower."""
+    -> [0.04, 1.96] -> [0.15, 1.84] -> [0.48, 1.51] (Amsel et al., 2025). Smaller ones end lower."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     y = y.mT if tall else y

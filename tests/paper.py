@@ -172,7 +172,7 @@ def baseline(args):
     with watch(with_c) as c:
         train_stage("c", start_run(args, "c", ("text.pt", "a.pt", "b.pt")))
     with watch(with_unet) as unet:
-        train_baseline(start_run(args, "baseline", ("text.pt", "a.pt")), args.steps or 1000)
+        train_baseline(start_run(args, "baseline", ("text.pt", "a.pt")), args.steps or 4000)
     curves = {"C on a trained B": c, "B, then C": [(b_seconds + seconds, found) for seconds, found in c],
               "one U-Net": unet}
     write("baseline", {name: [{"seconds": seconds, **found} for seconds, found in curve]

@@ -120,7 +120,7 @@ def test_orthogonal(dtype):
     values = torch.linspace(0.005, 1.02, 10_000, dtype=torch.float64)
     for a, b, c in train.NEWTON_SCHULZ:
         values = a * values + b * values ** 3 + c * values ** 5
-    assert 0.48 < values.min() and values.max() < 1.52
+    assert 0.47 < values.min() and values.max() < 1.52
     for x in (torch.randn(2, 64, 192), torch.randn(2, 192, 64), torch.randn(2, 64, 1) @ torch.randn(2, 1, 64)):
         u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
         values = values / values.norm(dim=1, keepdim=True)
