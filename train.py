@@ -779,7 +779,8 @@ class Run:
     def cached(self, name, made_from, compute):
         """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (rounded up to
         batches of 8; if not given, all of a data set on disk), computed once; with --flip, for their mirror images too.
-        The cache is valid while it is newer than the stage it was made from, a file in the run folder, and options.json.
+        The cache is valid while it is newer than the stage it was made from, a file in the run folder, and than
+        options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last

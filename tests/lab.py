@@ -894,9 +894,9 @@ steps       The second table of the same command: 28 % with one step of Stage C,
 B and C     python sample.py "a red star above a blue square" --out star.png
             python sample.py --vary star.png --count 6 --out vary.png
             python sample.py --vary star.png "a green circle" --count 6 --out told.png
-            Stage B draws the same semantic latents six times: shapes and places stay, Stage C has decided them (appendix
-            D). But no red star was shown in training, and without the caption some turn purple. Told another caption,
-            Stage B keeps colours and places; only the corners of the square become round.
+            Stage B draws the same semantic latents six times: shapes and places stay, Stage C has decided them
+            (appendix D). But no red star was shown in training, and without the caption some turn purple. Told another
+            caption, Stage B keeps colours and places; only the corners of the square become round.
 null        python sample.py "a red star" --cfg 0 --count 12
             Stage C draws as for the null caption: one or two objects of any shape. Stage B still reads the caption:
             half of the images have something red.

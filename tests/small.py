@@ -49,7 +49,7 @@ def make_model():
     images = shapes(8)
     for _ in range(10):  # latents with mean 0 and deviation 1, as after training
         model.a.train().encode(images)
-        model.compressor.train()(rescaled(images, 0.75))
+        model.compressor.train()(rescaled(images, model.config.rescale))
     model.c.latent_mean += 0.3
     model.c.latent_std *= 1.5
     return model.eval()

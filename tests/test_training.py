@@ -117,15 +117,16 @@ def test_muon_is_torchs(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_orthogonal(dtype):
     """The singular values come out as the polynomials say, also where all but one are 0: near 1."""
-    values = torch.linspace(0.005, 1.02, 10_000, dtype=torch.float64)
-    for a, b, c in train.NEWTON_SCHULZ:
-        values = a * values + b * values ** 3 + c * values ** 5
+    def moved(values):
+        for a, b, c in train.NEWTON_SCHULZ:
+            values = a * values + b * values ** 3 + c * values ** 5
+        return values
+
+    values = moved(torch.linspace(0.005, 1.02, 10_000, dtype=torch.float64))
     assert 0.47 < values.min() and values.max() < 1.52
     for x in (torch.randn(2, 64, 192), torch.randn(2, 192, 64), torch.randn(2, 64, 1) @ torch.randn(2, 1, 64)):
         u, values, v = torch.linalg.svd(x.double(), full_matrices=False)
-        values = values / values.norm(dim=1, keepdim=True)
-        for a, b, c in train.NEWTON_SCHULZ:
-            values = a * values + b * values ** 3 + c * values ** 5
+        values = moved(values / values.norm(dim=1, keepdim=True))
         assert (train.orthogonal(x, dtype) - u @ values.diag_embed() @ v).abs().max() < (
             1e-4 if dtype == torch.float32 else 0.05)
 
