@@ -197,40 +197,56 @@ class Shapes(Dataset):
 # be used goes to `left_out`, {reason: [names]}, and is printed.
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-CIFAR = {  # folder, archive and its SHA-256, bytes of labels before the pixels (we use the last), names of the labels,
-    # records in each file
-    "cifar10": ("cifar-10-batches-bin", "cifar-10-binary.tar.gz",
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", 1, "batches.meta.txt",
+DOWNLOADS = {  # the archives of a data set, and their SHA-256
+    "cifar10": {"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz":
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    "cifar100": {"https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz":
+                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
+    "coco": {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":  # its HTTPS has no certificate
+             "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+             "http://images.cocodataset.org/zips/val2017.zip":
+             "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"},
+}
+COCO_IMAGES = 5000  # in val2017.zip
+CIFAR = {  # folder, bytes of labels before the pixels (we use the last), names of the labels, records in each file
+    "cifar10": ("cifar-10-batches-bin", 1, "batches.meta.txt",
                 {"test_batch.bin": 10_000} | {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}),
-    "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz",
-                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec", 2, "fine_label_names.txt",
-                 {"test.bin": 10_000, "train.bin": 50_000}),
+    "cifar100": ("cifar-100-binary", 2, "fine_label_names.txt", {"test.bin": 10_000, "train.bin": 50_000}),
 }
 
 
+def is_complete(data, data_dir):
+    """Whether all that --download fetches is there, unpacked."""
+    if data == "coco":
+        return (len([*(data_dir / "val2017").glob("*.jpg")]) >= COCO_IMAGES
+                and (data_dir / "annotations" / "captions_val2017.json").exists())
+    folder, skip, names, files = CIFAR[data]
+    sizes = {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
+    return (data_dir / folder / names).exists() and all(
+        path.exists() and path.stat().st_size == size for path, size in sizes.items())
+
+
 def download(data, data_dir):
-    """Fetches CIFAR-10 or CIFAR-100 into a folder, checks its SHA-256 and unpacks it. Does nothing if all files are
-    there in full size."""
-    folder, archive, sha256, skip, names, files = CIFAR[data]
-    target, paths = data_dir / archive, {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
-    if all(path.exists() and path.stat().st_size == size for path, size in paths.items()) and (
-            data_dir / folder / names).exists():
+    """Fetches the archives of a data set into a folder, checks their SHA-256 and unpacks them. Does nothing if all that
+    was in them is there; archives that are there are not fetched again."""
+    if is_complete(data, data_dir):
         return
     data_dir.mkdir(parents=True, exist_ok=True)
-    if not target.exists() or hashlib.sha256(target.read_bytes()).hexdigest() != sha256:
-        try:
-            torch.hub.download_url_to_file(CIFAR_URL + archive, target, hash_prefix=sha256)
-        except Exception as error:  # of many kinds: no network, another hash
-            raise OSError(f"can't fetch {CIFAR_URL + archive}: {error}") from error
-    shutil.unpack_archive(target, data_dir)
+    for url, sha256 in DOWNLOADS[data].items():
+        archive = data_dir / url.rsplit("/", 1)[-1]
+        if not archive.exists() or hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
+            try:
+                torch.hub.download_url_to_file(url, archive, hash_prefix=sha256)
+            except Exception as error:  # of many kinds: no network, another hash
+                raise OSError(f"can't fetch {url}: {error}") from error
+        shutil.unpack_archive(archive, data_dir)
 
 
 def list_cifar(data, data_dir, left_out):
     """CIFAR-10 or CIFAR-100, binary version, or some of its files: data_dir holds cifar-10-batches-bin/ or
     cifar-100-binary/. A record is its labels, then 32x32 red, green and blue values.
     -> {split: [(array (32, 32, 3), captions)]}"""
-    folder, _, _, skip, names, files = CIFAR[data]
+    folder, skip, names, files = CIFAR[data]
     place, items, captions = data_dir / folder, dict(train=[], test=[]), []
     if not place.is_dir():
         python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
@@ -393,14 +409,14 @@ def list_images(folder, coco, left_out):
 
 def for_testing(names, validation):
     """The images kept for testing: those of the validation set, if there are others too; else the first that can be
-    read, and about one in sixteen, by a hash of its name (not by that of `reserved`, which is equal for a.png and
+    read, and about one in ten, by a hash of its name (not by that of `reserved`, which is equal for a.png and
     b.png).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation
     first = next(filter(can_load, names.values()), None)
     digests = (hashlib.md5(name.encode(errors="surrogatepass"), usedforsecurity=False).digest() for name in names)
-    testing = {first, *(path for path, digest in zip(names.values(), digests) if digest[0] < 16)}
+    testing = {first, *(path for path, digest in zip(names.values(), digests) if digest[0] < 26)}
     return testing if len(testing) < len(names) else {first}
 
 
@@ -778,7 +794,7 @@ class Run:
 
     def cached(self, name, made_from, compute):
         """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (rounded up to
-        batches of 8; if not given, all of a data set on disk), computed once; with --flip, for their mirror images too.
+        batches of 16; if not given, all of a data set on disk), computed once; with --flip, for their mirror images too.
         The cache is valid while it is newer than the stage it was made from, a file in the run folder, and than
         options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
@@ -789,10 +805,9 @@ class Run:
             files, texts = {}, []
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            # Batches of 8: larger ones take a CPU up to twice as long, because of the memory for their activations.
             count = len(self.train_data.items) if isinstance(self.train_data, Images) else math.inf
-            steps = math.ceil(min(self.args.cache or count, count) / 8)
-            for images, own in tqdm(self.load(range(steps), 8), name, steps):
+            steps = math.ceil(min(self.args.cache or count, count) / 16)
+            for images, own in tqdm(self.load(range(steps), 16), name, steps):
                 if self.args.flip:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
@@ -1099,7 +1114,8 @@ def parse_args(argv=None):
         "snapshots; name the stage to train")
     add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="default: %(default)s")
     add("--data-dir", help="where the data set lies; Shapes needs none")
-    add("--download", action="store_true", help="fetch CIFAR into --data-dir first, if it is not there")
+    add("--download", action="store_true", help="fetch the data set into --data-dir first, if it is not there: CIFAR, or "
+        "COCO's val2017 (2.7 GB, unpacked and all)")
     add("--image-size", type=number(int, 32, 8192), help="side of the images in pixels, the preset's if not given")
     add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
@@ -1146,8 +1162,8 @@ def parse_args(argv=None):
         parser.error("--init-from takes the sizes of its weights: --tokens can't change them")
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
-    if args.download and args.data not in CIFAR:
-        parser.error(f"--download needs --data {' or '.join(CIFAR)}")
+    if args.download and args.data not in DOWNLOADS:
+        parser.error(f"--download needs --data {', '.join(DOWNLOADS)}")
     if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         parser.error("--compile needs a C++ compiler")
     if args.init_from and args.stage not in TRAIN:

@@ -56,7 +56,7 @@ def coco_folder(place, images=(("train2017", range(40)), ("val2017", range(40, 4
 
 def cifar_folder(place, data="cifar10", count=50):
     """A made-up CIFAR-10 or CIFAR-100 of the classes 0, 1, 2, 3, 0, ..."""
-    folder, _, _, skip, labels, _ = train.CIFAR[data]
+    folder, skip, labels, _ = train.CIFAR[data]
     (place / folder).mkdir(parents=True)
     for file in ("data_batch_1", "data_batch_2", "test_batch") if data == "cifar10" else ("train", "test"):
         records = np.random.default_rng(0).integers(256, size=(count, skip + 3072), dtype=np.uint8)
@@ -358,7 +358,7 @@ def test_coco_and_its_look_alikes(tmp_path):
 @pytest.mark.parametrize("data, name, baby", [("cifar10", "automobile", "a photo of a bird"),
                                               ("cifar100", "aquarium fish", "a photo of a baby")])
 def test_cifar(tmp_path, data, name, baby):
-    (folder, _, _, skip, _, _), left_out = train.CIFAR[data], collections.defaultdict(list)
+    (folder, skip, _, _), left_out = train.CIFAR[data], collections.defaultdict(list)
     found = train.list_cifar(data, cifar_folder(tmp_path, data), left_out)
     items, testing = found["train"], found["test"]
     assert items[1][1] == [name, f"an {name}", f"a photo of an {name}", f"a picture of an {name}",
@@ -396,33 +396,45 @@ def test_real_data(kind, count):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """serve(member) packs an archive, with one more member if given, for a local server -> list of what is fetched"""
-    fetched, (folder, archive, _, *rest) = [], train.CIFAR["cifar100"]
+    """serve(data, {archive: folders to pack}, sha256) lets a local server offer a data set's archives -> list of what
+    is fetched from it"""
+    fetched = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             fetched.append(self.path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Handler(*args, directory=tmp_path))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr(train, "CIFAR_URL", f"http://127.0.0.1:{server.server_port}/")
 
-    def pack(sha256=None):
-        made = cifar_folder(tmp_path / "made", "cifar100") / folder
-        with tarfile.open(tmp_path / archive, "w:gz") as tar:
-            tar.add(made, folder)
-        sha256 = sha256 or hashlib.sha256((tmp_path / archive).read_bytes()).hexdigest()
-        monkeypatch.setitem(train.CIFAR, "cifar100", (folder, archive, sha256, *rest[:-1],
-                                                      {path.name: 50 for path in made.glob("*.bin")}))
+    def offer(data, archives, sha256=None):
+        urls = {}
+        for name, folders in archives.items():
+            stem, _, kind = name.partition(".")
+            shutil.copytree(folders[0].parent, tmp_path / stem, ignore=lambda place, names: {
+                name for name in names if Path(place) == folders[0].parent and Path(place, name) not in folders})
+            packed = Path(shutil.make_archive(tmp_path / stem, {"tar.gz": "gztar"}.get(kind, kind), tmp_path / stem))
+            urls[f"http://127.0.0.1:{server.server_port}/{name}"] = (
+                sha256 or hashlib.sha256(packed.read_bytes()).hexdigest())
+        monkeypatch.setitem(train.DOWNLOADS, data, urls)
         return fetched
-    yield pack
+    yield offer
     server.shutdown()
     server.server_close()
 
 
-def test_download(serve, tmp_path):
+@pytest.fixture
+def serve_cifar(serve, tmp_path, monkeypatch):
+    """The same for a small CIFAR-100."""
+    folder, skip, labels, _ = train.CIFAR["cifar100"]
+    made = cifar_folder(tmp_path / "made", "cifar100") / folder
+    monkeypatch.setitem(train.CIFAR, "cifar100", (folder, skip, labels, {path.name: 50 for path in made.glob("*.bin")}))
+    return lambda sha256=None: serve("cifar100", {"cifar-100-binary.tar.gz": [made]}, sha256)
+
+
+def test_download(serve_cifar, tmp_path):
     """Nothing is fetched twice, and what was interrupted is done again."""
-    fetched, place = serve(), tmp_path / "data" / "new"
-    archive, train_file = place / train.CIFAR["cifar100"][1], place / train.CIFAR["cifar100"][0] / "train.bin"
+    fetched, place = serve_cifar(), tmp_path / "data" / "new"
+    archive, train_file = place / "cifar-100-binary.tar.gz", place / train.CIFAR["cifar100"][0] / "train.bin"
 
     def again(expected):
         train.download("cifar100", place)
@@ -439,11 +451,28 @@ def test_download(serve, tmp_path):
     again(2)  # half fetched
 
 
-def test_a_download_that_fails_leaves_nothing(serve, tmp_path, monkeypatch):
-    serve(sha256="0" * 64)
+def test_download_of_coco(serve, tmp_path, monkeypatch):
+    """The captions of train2017 come too, but not its images; one in ten of val2017 is kept for testing."""
+    made, place = coco_folder(tmp_path / "made", (("train2017", range(400, 420)), ("val2017", range(4, 304)))), tmp_path
+    monkeypatch.setattr(train, "COCO_IMAGES", 300)
+    fetched = serve("coco", {"annotations_trainval2017.zip": [made / "annotations"], "val2017.zip": [made / "val2017"]})
+    place = tmp_path / "data"
+    train.download("coco", place)
+    assert sorted(path.name for path in place.iterdir()) == ["annotations", "annotations_trainval2017.zip", "val2017",
+                                                             "val2017.zip"]
+    (place / "val2017" / "007.jpg").unlink()
+    train.download("coco", place)  # unpacks again
+    train.download("coco", place)
+    assert len(fetched) == 2
+    data = open_data(place, "coco")
+    assert len(data["train"].items) + len(data["test"].items) == 300 and 20 < len(data["test"].items) < 45
+
+
+def test_a_download_that_fails_leaves_nothing(serve_cifar, tmp_path, monkeypatch):
+    serve_cifar(sha256="0" * 64)
     with pytest.raises(OSError, match="can't fetch http.*invalid hash"):
         train.download("cifar100", tmp_path / "data")
-    monkeypatch.setattr(train, "CIFAR_URL", "http://127.0.0.1:9/")
+    monkeypatch.setitem(train.DOWNLOADS, "cifar100", {"http://127.0.0.1:9/cifar.tar.gz": "0" * 64})
     with pytest.raises(OSError, match="can't fetch http.*refused"):
         train.download("cifar100", tmp_path / "data")
     assert not any((tmp_path / "data").iterdir())

@@ -101,7 +101,7 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --run=", "must be a folder of its own"), ("train.py --data folder --data-dir=", "--data-dir is needed"),
     ("train.py --run {part}", "has no options.json of a run"), ("sample.py a-cat --run {part}", "/tokenizer: train it"),
     ("train.py b --init-from {none}", "there is no such folder"),
-    ("train.py --download", "--download needs --data cifar10 or cifar100"),
+    ("train.py --download", "--download needs --data cifar10, cifar100, coco"),
     ("train.py --init-from {run}", "--init-from needs the stage to train"),
     ("train.py --device cuda", "--device cuda: PyTorch"),
     ("sample.py a-cat --device cuda", "--device cuda: PyTorch"),
