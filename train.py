@@ -585,8 +585,10 @@ RECIPES = {
                  c=Recipe(600, 64, 1.5e-3)),
     "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 6e-3), b=Recipe(1500, 16, 1.2e-3),
                   c=Recipe(450, 64, 1.5e-3)),
-    "cifar": dict(text=Recipe(500, 128, 5e-4), a=Recipe(900, 32, 4e-3), b=Recipe(2200, 64, 1.6e-3),
-                  c=Recipe(2000, 128, 1.5e-3)),
+    "cifar": dict(text=Recipe(400, 64, 5e-4), a=Recipe(1000, 32, 6e-3), b=Recipe(2000, 64, 1.6e-3),
+                  c=Recipe(4000, 128, 1.5e-3)),
+    "photos": dict(text=Recipe(1000, 64, 5e-4), a=Recipe(1500, 16, 6e-3), b=Recipe(8000, 32, 1.2e-3),
+                   c=Recipe(6000, 64, 1e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
@@ -794,8 +796,8 @@ class Run:
 
     def cached(self, name, made_from, compute):
         """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (rounded up to
-        batches of 16; if not given, all of a data set on disk), computed once; with --flip, for their mirror images too.
-        The cache is valid while it is newer than the stage it was made from, a file in the run folder, and than
+        batches of 16; if not given, all of a data set on disk), computed once; with --flip, for their mirror images
+        too. The cache is valid while it is newer than the stage it was made from, a file in the run folder, and than
         options.json.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
@@ -1040,7 +1042,7 @@ def train_c(run):
 
     def preview(average, images, captions):
         model.text_c, model.c = average["text_c"], average["c"]
-        return [model.generate(captions, seed=0)]
+        return [*model.reconstruct(images, captions, seed=0), model.generate(captions, seed=0)]
 
     average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,
                   lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
@@ -1109,13 +1111,14 @@ def parse_args(argv=None):
     add, positive = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
-    add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; tiny if not given, cifar for CIFAR")
+    add("--preset", choices=PRESETS, help="sizes of the networks, and the recipe; if not given, "
+        "tiny for Shapes, cifar for CIFAR, else photos")
     add("--init-from", metavar="RUN", help="start from the weights of another run, or from a folder with the published "
         "snapshots; name the stage to train")
     add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="default: %(default)s")
     add("--data-dir", help="where the data set lies; Shapes needs none")
-    add("--download", action="store_true", help="fetch the data set into --data-dir first, if it is not there: CIFAR, or "
-        "COCO's val2017 (2.7 GB, unpacked and all)")
+    add("--download", action="store_true", help="fetch the data set into --data-dir first, if it is not there: CIFAR, "
+        "or COCO's val2017 (2.7 GB with its archives)")
     add("--image-size", type=number(int, 32, 8192), help="side of the images in pixels, the preset's if not given")
     add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
@@ -1143,7 +1146,7 @@ def parse_args(argv=None):
         parser.set_defaults(preset=source["preset"], image_size=source["image_size"])
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.preset = args.preset or ("cifar" if args.data in CIFAR else "tiny")
+    args.preset = args.preset or ("tiny" if args.data == "shapes" else "cifar" if args.data in CIFAR else "photos")
     args.flip = args.data != "shapes" if args.flip is None else args.flip
     args.cache = args.cache or (16_384 if args.data == "shapes" else None)
     args.image_size = args.image_size or PRESETS[args.preset].image_size

@@ -1,14 +1,16 @@
 """
-Judges a run on CIFAR by a classifier that has only seen real images:
+Judges a run on CIFAR by a classifier that has only seen real images, part by part:
 
     python tests/cifar.py --run runs/cifar
 
-Trains a small ResNet on the training images (the run keeps it in classifier.pt), draws 100 images of each class, and
-writes to the run folder:
+Trains a small ResNet on the training images (the run keeps it in classifier.pt) and takes 100 test images of each
+class: as they are; at the run's size; by Stage A; by Stage B from their own semantic latents, without and with their
+captions; and as many images that Stages C and B draw for these captions. It prints a line for each of these, and writes
+to the run folder:
 
-    cifar.json     how many real test images the classifier gets right, and how many drawn ones it gives the class that
-                   was asked for; Fréchet distances in its features
-    cifar.png      the first eight images of each class, a row per class, none chosen
+    cifar.json     which share the classifier gives the right class; Fréchet distance, in its features, to as many
+                   other test images; `grid` and `border`, see there
+    cifar.png      the first eight drawn images of each class, a row per class, none chosen
     nearest.png    the first of each class; the training image nearest to it in pixels; the one nearest in features
 """
 
@@ -25,7 +27,7 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import make_sheet, pick_device  # noqa: E402
+from sample import load_image, make_sheet, pick_device, to_tensor  # noqa: E402
 from score import frechet, in_batches, wilson  # noqa: E402
 from train import list_cifar, read_options  # noqa: E402
 from wuerstchen import Wuerstchen  # noqa: E402
@@ -90,10 +92,30 @@ def load(options, split):
     return torch.from_numpy(np.stack(images)) / 255, [lines[1] for lines in captions]
 
 
+def grid(images):
+    """How strongly dots repeat every four pixels, Stage A's stride, where an image is flattest: in the 16x16 pixels
+    that vary least, the power of waves 4 pixels long, in rows and columns, over that of their neighbours (8 and 2.7
+    pixels). (N, H, W, 3) -> number, below 1 for real images"""
+    patches = images.mean(dim=-1).unfold(1, 16, 4).unfold(2, 16, 4).flatten(1, 2)
+    patches = patches[torch.arange(len(patches)), patches.var(dim=(2, 3)).argmin(dim=1)]
+    window = torch.hann_window(16)
+    waves = torch.fft.fft2((patches - patches.mean(dim=(1, 2), keepdim=True)) * window * window[:, None])
+    power = waves.abs().square().mean(dim=0)
+    power = power[0] + power[:, 0]
+    return (power[4] / (power[2] * power[6]).sqrt()).item()
+
+
+def border(images):
+    """How much brighter the outermost pixels are than those four pixels further in, of 255. (N, H, W, 3) -> number"""
+    rings = [torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], dim=1) for x in (images, images[:, 4:-4, 4:-4])]
+    return 255 * (rings[0].mean() - rings[1].mean()).item()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Judge a run on CIFAR.")
     parser.add_argument("--run", default="runs/cifar", help="run folder (default: runs/cifar)")
-    parser.add_argument("--count", type=int, default=100, help="images to draw of each class (default: 100)")
+    parser.add_argument("--count", type=int, default=100, help="images of each class (default: 100; at most half of the "
+                        "test images)")
     parser.add_argument("--cfg", type=float, help="guidance scale of Stage C (default: the run's)")
     parser.add_argument("--cfg-b", type=float, help="guidance scale of Stage B (default: the run's)")
     args = parser.parse_args(argv)
@@ -110,28 +132,59 @@ def main(argv=None):
         torch.save(classifier.state_dict(), path)
     classifier.eval()
 
-    def judge(features, labels):
-        right = (classifier.head(features).argmax(dim=1) == labels).float()
-        return {"right": right.mean().item(), "95 %": wilson(right.sum().item(), len(right)),
-                "by class": {name: right[labels == i].mean().item() for i, name in enumerate(classes)}}
+    # The first test images of each class, the classes in turn; they are compared with as many others.
+    of_class = [(test_labels == i).nonzero()[:, 0] for i in range(len(classes))]
+    count = min(args.count, *(len(some) // 2 for some in of_class))
+    chosen = torch.stack([some[:count] for some in of_class], dim=1).flatten()
+    others = torch.cat([some[count:2 * count] for some in of_class])
+    asked, captions, seeds = test_labels[chosen], [test_names[i] for i in chosen], list(range(len(chosen)))
 
-    asked = torch.arange(len(classes)).repeat(args.count)
-    model = Wuerstchen.load(folder).to(pick_device("auto"))
-    drawn = in_batches(lambda some, seeds: model.generate(some, seed=seeds, guidance=(args.cfg, args.cfg_b)).cpu(),
-                       [classes[i] for i in asked], list(range(len(asked))), size=100)
-    small = F.interpolate(drawn.movedim(-1, 1), (32, 32), mode="area").movedim(1, -1)
-    with torch.no_grad():
-        features, found, tested = (in_batches(classifier.features, x, size=100) for x in (real, small, test))
-    half = len(test) // 2  # they are not in the order of their classes
-    results = {"real test images": judge(tested, test_labels), "drawn": judge(found, asked),
-               "Fréchet, drawn to half of the test images": frechet(found, tested[:half]),
-               "Fréchet, between halves of the test images": frechet(tested[:half], tested[half:])}
-    print(text := json.dumps(results, indent=1, ensure_ascii=False))
-    (folder / "cifar.json").write_text(text + "\n", "utf-8")
-    make_sheet([drawn[i::len(classes)][:8] for i in range(len(classes))]).save(folder / "cifar.png")
-    first, both = small[:len(classes)], torch.cat([real, real.flip(2)])
+    model = Wuerstchen.load(folder).to(device := pick_device("auto"))
+    guidance = [own if given is None else given
+                for own, given in zip(model.config.guidance, (args.cfg, args.cfg_b))]
+    scaled = torch.stack([to_tensor(load_image((255 * image).round().byte().numpy(), (model.config.image_size,) * 2))
+                          for image in test[chosen]])
+
+    def rebuilt(captions, scale=1.0):
+        """-> by Stage A, by Stage B"""
+        def both(images, *told):
+            return torch.stack(model.reconstruct(images.to(device), *told, guidance=scale), dim=1)
+        return in_batches(both, scaled, captions, seeds, size=100).cpu().unbind(1)
+
+    def drawn(scales):
+        return in_batches(lambda some, seeds: model.generate(some, seed=seeds, guidance=scales),
+                          captions, seeds, size=100).cpu()
+
+    (by_a, blind), (_, told) = rebuilt([""] * len(captions)), rebuilt(captions)
+    images = {"real test images": test[chosen], "at the run's size": scaled, "by Stage A": by_a,
+              "by Stage B, without caption": blind, "by Stage B": told,
+              f"by Stage B, guidance {guidance[1]:g}": rebuilt(captions, guidance[1])[1],
+              "drawn, no guidance": drawn((1.0, 1.0)),
+              f"drawn, guidance {guidance[0]:g} and {guidance[1]:g}": drawn(guidance)}
+    final = [*images.values()][-1]
+
+    def at_32(images):
+        return F.interpolate(images.movedim(-1, 1), (32, 32), mode="area").movedim(1, -1)
+
+    @torch.no_grad()
+    def features_of(images):
+        return in_batches(lambda some: classifier.features(at_32(some)), images, size=100)
+
+    compared, results = features_of(test[others]), {}
+    for name, some in images.items():
+        features = features_of(some)
+        right = (classifier.head(features).argmax(dim=1) == asked).float()
+        results[name] = {
+            "right": right.mean().item(), "95 %": wilson(right.sum().item(), len(right)),
+            "Fréchet": frechet(features, compared), "grid": grid(some), "border": border(some),
+            "by class": {one: right[asked == i].mean().item() for i, one in enumerate(classes)}}
+        print(f"{name:32}{100 * results[name]['right']:6.1f} %  Fréchet {results[name]['Fréchet']:6.1f}  "
+              f"grid {results[name]['grid']:5.2f}  border {results[name]['border']:5.1f}")
+    (folder / "cifar.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    make_sheet([final[i::len(classes)][:8] for i in range(len(classes))]).save(folder / "cifar.png")
+    first, both = at_32(final[:len(classes)]), torch.cat([real, real.flip(2)])
     in_pixels = torch.cdist(first.flatten(1), both.flatten(1)).argmin(dim=1)
-    in_features = torch.cdist(found[:len(classes)], features).argmin(dim=1)
+    in_features = torch.cdist(features_of(first), features_of(real)).argmin(dim=1)
     make_sheet([first, both[in_pixels], real[in_features]]).save(folder / "nearest.png")
     print(f"wrote cifar.json, cifar.png and nearest.png to {folder}")
 

@@ -497,10 +497,11 @@ def test_batches_go_on_where_they_broke_off(tmp_path, kind, workers):
 
 
 @pytest.mark.parametrize("kind, make, options", [("folder", folder_of, ["--workers", "2", "--no-flip"]),
-                                                 ("coco", coco_folder, []), ("cifar10", cifar_folder, [])])
+                                                 ("coco", coco_folder, []), ("cifar10", cifar_folder, []),
+                                                 ("cifar100", lambda place: cifar_folder(place, "cifar100"), [])])
 def test_every_format_trains(tmp_path, kind, make, options, monkeypatch):
     place = make(tmp_path / "data", 20) if kind == "folder" else make(tmp_path / "data")
-    monkeypatch.setitem(train.PRESETS, "cifar" if kind == "cifar10" else "tiny", MICRO)
+    monkeypatch.setitem(train.PRESETS, "cifar" if kind in train.CIFAR else "photos", MICRO)
     train.main(["--run", str(tmp_path / "run"), "--data", kind, "--data-dir", str(place), "--image-size", "32",
                 "--steps", "2", "--batch-size", "4", "--cache", "64", *options])
     assert {path.stem for path in (tmp_path / "run").glob("*.pt")} == {*train.TRAIN, "clip"}

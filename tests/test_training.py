@@ -417,11 +417,11 @@ def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
     for place, name in ((train, "rescaled"), (Wuerstchen, "compress")):  # b and c compute these
         monkeypatch.setattr(place, name, lambda *x, f=getattr(place, name): computed.append(0) or f(*x))
     for stage, before in (("b", "a.pt"), ("c", "b.pt")):
-        assert [begin(stage), begin(stage)] == [8, 0]
+        assert [begin(stage), begin(stage)] == [4, 0]
         os.utime(folder / before, (time.time() + 0.01,) * 2)
         time.sleep(0.02)
-        assert [begin(stage), begin(stage)] == [8, 0]
-        assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [13, 8, 0]
+        assert [begin(stage), begin(stage)] == [4, 0]
+        assert [begin(stage, "--cache", "100"), begin(stage), begin(stage, "--cache", "64")] == [7, 4, 0]
 
 
 def test_the_cache_has_mirror_images_and_all_captions(tmp_path):
@@ -439,7 +439,7 @@ def test_the_cache_has_mirror_images_and_all_captions(tmp_path):
     arrays = run.cached("x", "options.json", compute)
     rows = [(int(re.search(r"\d+", captions)[0]), mirrored, image.tobytes()) for captions, mirrored, image in zip(
         arrays["captions"], arrays["mirrored"].tolist(), arrays["images"], strict=True)]
-    assert computed == [16] * (2 + math.ceil(count / 8)) and len({i for i, _, _ in rows}) == count
+    assert computed == [32] * (2 + math.ceil(count / 16)) and len({i for i, _, _ in rows}) == count
     assert {(i, mirrored) for i, mirrored, _ in rows} == {
         (i, mirrored) for i, _, _ in rows for mirrored in (False, True)[:1 + (i % 4 > 0)]}
     batches, recipe = run.cached_batches(arrays), train.Recipe(200, 6, 0)
