@@ -586,7 +586,7 @@ RECIPES = {
     "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 6e-3), b=Recipe(1500, 16, 1.2e-3),
                   c=Recipe(450, 64, 1.5e-3)),
     "cifar": dict(text=Recipe(400, 64, 5e-4), a=Recipe(1000, 32, 6e-3), b=Recipe(2000, 64, 1.6e-3),
-                  c=Recipe(4000, 128, 1.5e-3)),
+                  c=Recipe(3500, 128, 1.5e-3)),
     "photos": dict(text=Recipe(1000, 64, 5e-4), a=Recipe(1500, 16, 6e-3), b=Recipe(8000, 32, 1.2e-3),
                    c=Recipe(6000, 64, 1e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
