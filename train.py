@@ -1042,7 +1042,7 @@ def train_c(run):
 
     def preview(average, images, captions):
         model.text_c, model.c = average["text_c"], average["c"]
-        return [*model.reconstruct(images, captions, seed=0), model.generate(captions, seed=0)]
+        return [*model.reconstruct(images, seed=0, guidance=1), model.generate(captions, seed=0)]
 
     average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,
                   lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows

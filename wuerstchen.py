@@ -195,11 +195,11 @@ PRESETS["quick"] = replace(
     PRESETS["tiny"], image_size=64, rescale=1.5,
     b=replace(PRESETS["tiny"].b, channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True)))
 
-# "quick" with 4x4 cells, as a photo needs them to be recognised. Its noise is finer than that of shapes: with fewer
-# steps, C's semantic latents lose a seventh of their deviation, and B leaves a grid of dots in clear skies.
+# "quick" with 4x4 cells, which a photo needs to be recognised. Photos also need more sampling steps than shapes: with
+# 20 and 12, the deviation of C's semantic latents is a seventh too small, and B leaves a grid of dots in clear skies.
 PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), steps=(60, 24))
 
-# "tiny" with 4x4 cells, for captions in people's own words.
+# "tiny" with 4x4 cells, for photos with captions in people's own words. Not trained yet.
 PRESETS["photos"] = replace(
     PRESETS["tiny"], rescale=1.0, guidance=(3.5, 5.0), steps=(60, 24),
     **{name: replace(PRESETS["tiny"].text_c, vocab_size=4096, length=40) for name in ("text_c", "text_b")})

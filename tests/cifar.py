@@ -3,15 +3,16 @@ Judges a run on CIFAR by a classifier that has only seen real images, part by pa
 
     python tests/cifar.py --run runs/cifar
 
-Trains a small ResNet on the training images (the run keeps it in classifier.pt) and takes 100 test images of each
-class: as they are; at the run's size; by Stage A; by Stage B from their own semantic latents, without and with their
-captions; and as many images that Stages C and B draw for these captions. It prints a line for each of these, and writes
-to the run folder:
+Trains a small ResNet on the training images (the run keeps it in classifier.pt) and shows it 100 test images of each
+class: as they are; at the run's size; by Stage A; by Stage B from their own semantic latents, without captions, with
+them, and with guidance; then as many images that Stages C and B draw for these captions, without and with guidance. All
+are reduced to 32 px first. It prints a line for each of these, and writes to the run folder:
 
-    cifar.json     which share the classifier gives the right class; Fréchet distance, in its features, to as many
-                   other test images; `grid` and `border`, see there
+    cifar.json     the share that the classifier gives the right class; Fréchet distance, in its features, to as many
+                   other test images; `grid` and `border`, see there (those of the real images are at 32 px)
     cifar.png      the first eight drawn images of each class, a row per class, none chosen
-    nearest.png    the first of each class; the training image nearest to it in pixels; the one nearest in features
+    nearest.png    the first of each class; the training image, or its mirror image, nearest to it in pixels; the
+                   training image nearest in features
 """
 
 import argparse
@@ -27,9 +28,10 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import load_image, make_sheet, pick_device, to_tensor  # noqa: E402
+from sample import load_image, make_sheet, number, pick_device, run_script, to_tensor  # noqa: E402
 from score import frechet, in_batches, wilson  # noqa: E402
-from train import list_cifar, read_options  # noqa: E402
+from tokenizer import UserError  # noqa: E402
+from train import CIFAR, list_cifar, read_options  # noqa: E402
 from wuerstchen import Wuerstchen  # noqa: E402
 
 
@@ -63,7 +65,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(network, images, labels, epochs=14, batch=64, lr=0.003):
-    """AdamW, one cycle, label smoothing; images mirrored, moved by up to 4 pixels, a square of 8 cut out."""
+    """AdamW, one cycle, label smoothing. In each batch, every second image is mirrored, and all are moved by up to 4
+    pixels and lose a square of 8."""
     per_epoch = len(images) // batch
     steps = epochs * per_epoch
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.05)
@@ -114,12 +117,14 @@ def border(images):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Judge a run on CIFAR.")
     parser.add_argument("--run", default="runs/cifar", help="run folder (default: runs/cifar)")
-    parser.add_argument("--count", type=int, default=100, help="images of each class (default: 100; at most half of the "
-                        "test images)")
+    parser.add_argument("--count", type=number(int, 1, 10_000), default=100,
+                        help="images of each class (default: 100; at most half of the test images)")
     parser.add_argument("--cfg", type=float, help="guidance scale of Stage C (default: the run's)")
     parser.add_argument("--cfg-b", type=float, help="guidance scale of Stage B (default: the run's)")
     args = parser.parse_args(argv)
     folder, options = Path(args.run), read_options(args.run)
+    if options.get("data") not in CIFAR:
+        raise UserError(f"{folder} is no run on CIFAR")
     (real, names), (test, test_names) = load(options, "train"), load(options, "test")
     classes = sorted(set(names))
     labels, test_labels = (torch.tensor([classes.index(name) for name in some]) for some in (names, test_names))
@@ -190,4 +195,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "stopped")
