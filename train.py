@@ -202,7 +202,7 @@ DOWNLOADS = {  # the archives of a data set, and their SHA-256
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
     "cifar100": {"https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz":
                  "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
-    "coco": {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":  # its HTTPS has no certificate
+    "coco": {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
              "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
              "http://images.cocodataset.org/zips/val2017.zip":
              "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"},
@@ -409,8 +409,7 @@ def list_images(folder, coco, left_out):
 
 def for_testing(names, validation):
     """The images kept for testing: those of the validation set, if there are others too; else the first that can be
-    read, and about one in ten, by a hash of its name (not by that of `reserved`, which is equal for a.png and
-    b.png).
+    read, and about one in ten, by a hash of its name (not by that of `reserved`, which is equal for a.png and b.png).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation

@@ -202,7 +202,8 @@ PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), s
 # "tiny" with 4x4 cells, for photos with captions in people's own words. Not trained yet.
 PRESETS["photos"] = replace(
     PRESETS["tiny"], rescale=1.0, guidance=(3.5, 5.0), steps=(60, 24),
-    **{name: replace(PRESETS["tiny"].text_c, vocab_size=4096, length=40) for name in ("text_c", "text_b")})
+    text_c=replace(PRESETS["tiny"].text_c, vocab_size=4096, length=40),
+    text_b=replace(PRESETS["tiny"].text_b, vocab_size=4096, length=40))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Blocks shared by Stages B and C (appendices E.2 and E.3): ConvNeXt-like, with time and text put in.

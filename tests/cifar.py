@@ -160,13 +160,12 @@ def main(argv=None):
         return in_batches(lambda some, seeds: model.generate(some, seed=seeds, guidance=scales),
                           captions, seeds, size=100).cpu()
 
-    (by_a, blind), (_, told) = rebuilt([""] * len(captions)), rebuilt(captions)
+    (by_a, blind), (_, told), final = rebuilt([""] * len(captions)), rebuilt(captions), drawn(guidance)
     images = {"real test images": test[chosen], "at the run's size": scaled, "by Stage A": by_a,
               "by Stage B, without caption": blind, "by Stage B": told,
               f"by Stage B, guidance {guidance[1]:g}": rebuilt(captions, guidance[1])[1],
               "drawn, no guidance": drawn((1.0, 1.0)),
-              f"drawn, guidance {guidance[0]:g} and {guidance[1]:g}": drawn(guidance)}
-    final = [*images.values()][-1]
+              f"drawn, guidance {guidance[0]:g} and {guidance[1]:g}": final}
 
     def at_32(images):
         return F.interpolate(images.movedim(-1, 1), (32, 32), mode="area").movedim(1, -1)

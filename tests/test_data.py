@@ -396,8 +396,8 @@ def test_real_data(kind, count):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """serve(data, {archive: folders to pack}, sha256) lets a local server offer a data set's archives -> list of what
-    is fetched from it"""
+    """serve(data, {archive: folder to pack}, sha256) lets a local server offer a data set's archives -> list of what is
+    fetched from it"""
     fetched = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -408,11 +408,10 @@ def serve(tmp_path, monkeypatch):
 
     def offer(data, archives, sha256=None):
         urls = {}
-        for name, folders in archives.items():
+        for name, folder in archives.items():
             stem, _, kind = name.partition(".")
-            shutil.copytree(folders[0].parent, tmp_path / stem, ignore=lambda place, names: {
-                name for name in names if Path(place) == folders[0].parent and Path(place, name) not in folders})
-            packed = Path(shutil.make_archive(tmp_path / stem, {"tar.gz": "gztar"}.get(kind, kind), tmp_path / stem))
+            packed = Path(shutil.make_archive(tmp_path / stem, {"tar.gz": "gztar"}.get(kind, kind), folder.parent,
+                                              folder.name))
             urls[f"http://127.0.0.1:{server.server_port}/{name}"] = (
                 sha256 or hashlib.sha256(packed.read_bytes()).hexdigest())
         monkeypatch.setitem(train.DOWNLOADS, data, urls)
@@ -428,7 +427,7 @@ def serve_cifar(serve, tmp_path, monkeypatch):
     folder, skip, labels, _ = train.CIFAR["cifar100"]
     made = cifar_folder(tmp_path / "made", "cifar100") / folder
     monkeypatch.setitem(train.CIFAR, "cifar100", (folder, skip, labels, {path.name: 50 for path in made.glob("*.bin")}))
-    return lambda sha256=None: serve("cifar100", {"cifar-100-binary.tar.gz": [made]}, sha256)
+    return lambda sha256=None: serve("cifar100", {"cifar-100-binary.tar.gz": made}, sha256)
 
 
 def test_download(serve_cifar, tmp_path):
@@ -453,9 +452,9 @@ def test_download(serve_cifar, tmp_path):
 
 def test_download_of_coco(serve, tmp_path, monkeypatch):
     """The captions of train2017 come too, but not its images; one in ten of val2017 is kept for testing."""
-    made, place = coco_folder(tmp_path / "made", (("train2017", range(400, 420)), ("val2017", range(4, 304)))), tmp_path
+    made = coco_folder(tmp_path / "made", (("train2017", range(400, 420)), ("val2017", range(4, 304))))
     monkeypatch.setattr(train, "COCO_IMAGES", 300)
-    fetched = serve("coco", {"annotations_trainval2017.zip": [made / "annotations"], "val2017.zip": [made / "val2017"]})
+    fetched = serve("coco", {"annotations_trainval2017.zip": made / "annotations", "val2017.zip": made / "val2017"})
     place = tmp_path / "data"
     train.download("coco", place)
     assert sorted(path.name for path in place.iterdir()) == ["annotations", "annotations_trainval2017.zip", "val2017",
