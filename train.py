@@ -586,8 +586,8 @@ RECIPES = {
                   c=Recipe(450, 64, 1.5e-3)),
     "cifar": dict(text=Recipe(400, 64, 5e-4), a=Recipe(1000, 32, 6e-3), b=Recipe(2000, 64, 1.6e-3),
                   c=Recipe(3500, 128, 1.5e-3)),
-    "photos": dict(text=Recipe(1000, 64, 5e-4), a=Recipe(1500, 16, 6e-3), b=Recipe(8000, 32, 1.2e-3),
-                   c=Recipe(6000, 64, 1e-3)),
+    "photos": dict(text=Recipe(400, 64, 5e-4), a=Recipe(800, 16, 6e-3), b=Recipe(2200, 32, 1.6e-3),
+                   c=Recipe(1400, 64, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
     # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.

@@ -816,6 +816,21 @@ class StageB(nn.Module):
         return self.out_norm(h)
 
 
+class SkipFirstResBlock(ResBlock):
+    """The ResBlock of the paper's first version where the U-Net's skip enters: before the convolution, each of whose
+    output channels sees two neighbouring channels of [x, skip]."""
+
+    def __init__(self, channels, dropout):
+        super().__init__(channels, dropout=dropout)
+        self.depthwise = Conv(2 * channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x, skip, semantic=None):
+        """x and skip (B, H, W, C) -> (B, H, W, C)"""
+        h = self.norm(self.depthwise(torch.cat([x, skip], dim=-1)))
+        h = self.grn(F.gelu(self.expand(h)))
+        return x + self.project(self.dropout(h))
+
+
 class TokenStageB(StageB):
     """Stage B of the paper's first version: instead of eps in latents, it predicts Stage A's codes ("tokens"), of which
     a share t has been replaced by random ones. The semantic latents are seen by attention only, beside the text."""
@@ -830,8 +845,16 @@ class TokenStageB(StageB):
         self.out = nn.Linear(cfg.channels[0], cfg.token_width * cfg.patch**2)
         self.logit_norm = layer_norm(cfg.token_width)
         self.logits = nn.Linear(cfg.token_width, codebook_size, bias=False)
+        for blocks in self.up[1:]:
+            blocks[0].res = SkipFirstResBlock(blocks[0].res.depthwise.out_channels, cfg.dropout)
+            blocks[0].res.apply(init_weights)
+            blocks[0].res.project.weight.data *= (1 / sum(cfg.blocks)) ** 0.5
+
+        nn.init.normal_(self.semantic_mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embed.weight, gain=0.02)
+        nn.init.zeros_(self.out.weight)  # so that all logits are equal at first
         for linear in (self.semantic_mapper, self.embed, self.out):
-            init_weights(linear)
+            nn.init.zeros_(linear.bias)
         nn.init.normal_(self.tokens.weight, std=codebook_size**-0.5)
         self.logits.weight.data = self.tokens.weight.data.clone()  # the same at first, but not tied
 

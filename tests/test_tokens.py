@@ -32,7 +32,7 @@ def test_published_size():
                                                         token_width=256))
     with torch.device("meta"):
         count = sum(p.numel() for p in TokenStageB(config).parameters())
-    assert count == 738_989_056  # the authors' scripts: about 0.73 billion
+    assert count == 730_814_336  # the paper's 0.73 billion
 
 
 @torch.no_grad()
@@ -60,11 +60,31 @@ def test_conditions_are_one_sequence(monkeypatch):
         assert_close(sequence, normalised(np.concatenate([cells, words], axis=1)), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_skip_enters_before_the_convolution():
+    """Output channel g of the convolution sees channels 2g and 2g + 1 of [x, skip]: the first half of the channels sees
+    x alone, the second half the skip alone."""
+    b = make()
+    block = b.up[1][0].res
+    x, skip = torch.randn(2, 1, 3, 5, block.norm.normalized_shape[0])
+    both = np.pad(np.concatenate([x, skip], axis=-1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    weight, h = block.depthwise.weight.numpy(), np.zeros(x.shape) + block.depthwise.bias.numpy()
+    for g in range(x.shape[-1]):
+        for dy in range(3):
+            for dx in range(3):
+                h[..., g] += both[:, dy:dy + 3, dx:dx + 5, 2 * g:2 * g + 2] @ weight[g, :, dy, dx]
+    h = block.grn(torch.nn.functional.gelu(block.expand(torch.from_numpy(normalised(h)).float())))
+    assert_close(block(x, skip), x + block.project(h), rtol=1e-4, atol=1e-4)
+    assert b.up[0][0].res.depthwise.in_channels // b.up[0][0].res.depthwise.groups == 1  # the lowest level has no skip
+
+
 def test_a_fresh_network_knows_nothing_yet():
     b, t = TokenStageB(TOKENS), torch.rand(2)
     given = torch.randint(32, (2, 8, 16)), t, torch.randn(2, 2, 3, 6), torch.randn(2, 8, 12)
     assert torch.equal(b.tokens.weight, b.logits.weight) and b.tokens.weight is not b.logits.weight
     assert abs(b.tokens.weight.std() - 32 ** -0.5) < 0.03
+    assert not b(*given).any()  # all logits are 0
+    assert abs(b.semantic_mapper.weight.std() - 0.02) < 0.005
     b = make()
     logits = b(*given)
     logits.square().sum().backward()
