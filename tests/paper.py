@@ -37,12 +37,12 @@ from wuerstchen import (CLIP, StageB, Wuerstchen, add_noise, diffusion_loss, gen
 OUT = HERE / "tests" / "paper"
 
 
-def write(name, results, image):
-    """Prints results; writes them, and an image, to OUT."""
-    OUT.mkdir(exist_ok=True)
+def write(path, results, image):
+    """Prints results; writes them to path.json, and an image to path.png."""
+    path.parent.mkdir(exist_ok=True)
     print(text := json.dumps(results, indent=1, ensure_ascii=False))
-    (OUT / f"{name}.json").write_text(text + "\n", "utf-8")
-    image.save(OUT / f"{name}.png")
+    path.with_suffix(".json").write_text(text + "\n", "utf-8")
+    image.save(path.with_suffix(".png"))
 
 
 def start_run(args, name, files, image_size=None, cells=None):
@@ -175,8 +175,8 @@ def baseline(args):
         train_baseline(start_run(args, "baseline", ("text.pt", "a.pt")), args.steps or 4000)
     curves = {"C on a trained B": c, "B, then C": [(b_seconds + seconds, found) for seconds, found in c],
               "one U-Net": unet}
-    write("baseline", {name: [{"seconds": seconds, **found} for seconds, found in curve]
-                       for name, curve in curves.items()},
+    write(OUT / "baseline",
+          {name: [{"seconds": seconds, **found} for seconds, found in curve] for name, curve in curves.items()},
           make_chart({name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
                       for name, curve in curves.items()}, "minutes of training steps", "whole captions right, %"))
 
@@ -215,7 +215,7 @@ def speed(args):
         steps, _ = timed(lambda: sample(unet.predict_eps, noise_b, timesteps(5, "cpu"), conditions, 2.0))
         seconds = (c, b, a, c + b + a, text + UNET_STEPS / 5 * steps + a)
         results[f"{size} px, batch {batch}"] = {name: round(s / batch, 3) for name, s in zip(SPEED, seconds)}
-    write("speed", {"seconds per image": results}, make_chart(
+    write(OUT / "speed", {"seconds per image": results}, make_chart(
         {name: [(size, results[f"{size} px, batch 1"][name]) for size in (128, 256, 512)] for name in SPEED},
         "side in pixels", "seconds per image, batch 1", log=True))
 
@@ -243,7 +243,7 @@ def compression(args):
         results[f"{n}x{n}"] = {"semantic numbers": 16 * n * n, "rebuilt": check_all(rebuilt, captions)["whole"],
                                "PSNR": psnr(rebuilt, images).mean().item(),
                                "drawn": check_all(drawn, captions)["whole"]}
-    write("compression", results, make_sheet([images[:8], *rows], captions[:8]))
+    write(OUT / "compression", results, make_sheet([images[:8], *rows], captions[:8]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def stages(args):
         rows = {"the images": real, "compressed, then the small decoder": decoder(compressed).clamp(0, 1),
                 "C, then the small decoder": decoder(drawn).clamp(0, 1),
                 "C, then B without the caption": by_b([""] * 96), "C, then B with the caption": by_b(captions)}
-    write("stages", {"whole captions": {name: check_all(row, captions)["whole"] for name, row in rows.items()}},
+    write(OUT / "stages", {"whole captions": {name: check_all(row, captions)["whole"] for name, row in rows.items()}},
           make_sheet([row[:8] for row in rows.values()], captions[:8]))
 
 
@@ -313,7 +313,7 @@ def size(args):
             curves[name] = list(enumerate(losses, 16))
             results[name] = {f"loss {value}": next((i for i, loss in curves[name] if loss < value), None)
                              for value in (0.08, 0.06, 0.04)}
-    write("size", results, make_chart(curves, "steps of C", "loss", log=True))
+    write(OUT / "size", results, make_chart(curves, "steps of C", "loss", log=True))
 
 
 def main(argv=None):

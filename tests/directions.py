@@ -1,0 +1,285 @@
+"""
+What the authors leave for later work, each tried once in miniature: Shapes at 64 px, on the text encoder and Stage A of
+the model that comes with the code.
+
+    python tests/directions.py tokens        version 1's Stage B: as published, and what makes it read the cells
+    python tests/directions.py positions     version 2's Stage B, seeing the semantic latents by attention alone
+    python tests/directions.py quantized     semantic latents of 625 codes, which Stage C predicts
+    python tests/directions.py steps         fewer steps of Stage B (128 px)
+    python tests/directions.py upsampling    Stage B at 128 px, from the semantic latents of images of 64 px
+    python tests/directions.py text          Stage B trained without captions
+
+Each takes at most half an hour on two CPU cores and writes tests/directions/NAME.json, with a chart or a sheet of
+images beside it. Everything is seeded. The recipe is that of the preset quick, with --steps for Stage B.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+
+import train  # noqa: E402
+import wuerstchen  # noqa: E402
+from paper import draw, test_set, train_stage, write  # noqa: E402
+from sample import make_chart, make_sheet  # noqa: E402
+from score import check_all, in_batches, psnr  # noqa: E402
+from wuerstchen import (PRESETS, Config, SemanticCompressor, StageB, StageC, TokenStageB, Wuerstchen,  # noqa: E402
+                        add_negatives, generators, normal_noise, random_numbers, replace_tokens, resize, sample_tokens,
+                        time_embedding, token_loss, training_times)
+
+MODEL, OUT = HERE / "tests" / "shapes", HERE / "tests" / "directions"
+COUNT = 256  # test images and captions
+
+
+def start_run(args, name, image_size=64, **changes):
+    """A new run with the text encoder and Stage A of the model that comes with the code; B's sizes as in the preset
+    quick, but for `changes` -> its folder"""
+    folder = Path(args.run) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(MODEL / "tokenizer", folder / "tokenizer")
+    config = Config.from_dict(json.loads((MODEL / "config.json").read_text()))
+    config = replace(config, image_size=image_size, rescale=96 / image_size, b=PRESETS["quick"].b)
+    (folder / "config.json").write_text(json.dumps(asdict(replace(config, **changes))))
+    options = json.loads((MODEL / "options.json").read_text())
+    (folder / "options.json").write_text(json.dumps(options | dict(image_size=image_size, preset="quick")))
+    weights = torch.load(MODEL / "a.pt", weights_only=True)
+    weights["a"]["scale"] *= image_size / 128  # as train.set_scale has it
+    torch.save(weights, folder / "a.pt")
+    shutil.copy(MODEL / "text.pt", folder)
+    return folder
+
+
+def judge(model, captions, images):
+    """-> what share of captions is right in images that B rebuilds from the semantic latents alone, and in images
+    drawn; PSNR; a row of each"""
+    seeds, size = list(range(len(captions))), images.shape[1]
+    rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, seeds)
+    drawn = draw(model, captions)
+    return {"rebuilt": check_all(rebuilt, captions)["whole"], "PSNR": round(psnr(rebuilt, images).mean().item(), 2),
+            "drawn": check_all(drawn, captions)["whole"]}, [rebuilt[:8], drawn[:8]]
+
+
+def train_and_judge(args, name, patches=None, **changes):
+    """Stage B with its compressor, then Stage C on it, in a new run, with some classes and functions replaced:
+    patches: {"module.name": what takes its place} -> as `judge`, and the model"""
+    with contextlib.ExitStack() as stack:
+        for target, other in (patches or {}).items():
+            stack.enter_context(mock.patch(target, other))
+        folder = start_run(args, name, **changes)
+        train_stage("b", folder, "--steps", str(args.steps))
+        train_stage("c", folder)
+        model, (images, captions) = train.Wuerstchen.load(folder), test_set(COUNT, 64)
+        return *judge(model, captions, images), model
+
+
+def compare(args, name, tries):
+    """tries: {what: arguments of `train_and_judge`}. Writes the results, and a sheet: test images, then per try a row
+    that is rebuilt and a row that is drawn"""
+    (images, captions), results, rows = test_set(8, 64), {}, []
+    for i, (what, options) in enumerate(tries.items()):
+        results[what], pair, _ = train_and_judge(args, f"{name}_{i}", **options)
+        rows += pair
+    write(OUT / name, results, make_sheet([images, *rows], captions))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Semantic latents that are seen by attention.
+
+
+class MapperWithPlaces(nn.Linear):
+    """Maps semantic latents as version 1 does, and adds to each cell a learned vector that says where it lies."""
+
+    def __init__(self, config):
+        super().__init__(config.semantic_channels, config.b.cond_width)
+        self.places = nn.Parameter(torch.randn(config.cells, config.cells, config.b.cond_width))
+        nn.init.normal_(self.weight, std=config.semantic_channels**-0.5)  # as loud as the places; a LayerNorm follows
+
+    def forward(self, semantic):
+        return super().forward(semantic) + self.places
+
+
+class AttentionStageB(StageB):
+    """Version 2's Stage B, with the semantic latents beside the text instead of in the ResBlocks."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.semantic_mapper = nn.Linear(config.semantic_channels, config.b.cond_width)
+
+    encode_conditions = TokenStageB.encode_conditions
+
+
+class AttentionStageBWithPlaces(AttentionStageB):
+    def __init__(self, config):
+        super().__init__(config)
+        self.semantic_mapper = MapperWithPlaces(config)
+
+
+def positions(args):
+    blind = replace(PRESETS["quick"].b, sees_semantic=(False, False))
+    compare(args, "positions", {
+        "in the ResBlocks": {},
+        "by attention": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageB}),
+        "by attention, with places": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageBWithPlaces})})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantized semantic latents.
+
+LEVELS, CHANNELS = 5, 4  # 5^4 = 625 codes
+
+
+class QuantizedCompressor(SemanticCompressor):
+    """Finite scalar quantization (Mentzer et al., 2023): each channel is rounded to -2, -1, 0, 1 or 2. The gradient
+    passes as if it were not."""
+
+    def forward(self, images):
+        e = 2 * super().forward(images).float().tanh()
+        return e + (e.round() - e).detach()
+
+
+def to_codes(semantic):
+    """(B, hs, ws, CHANNELS), whole numbers from -2 to 2 -> codes (B, hs, ws)"""
+    return ((semantic.round().long() + 2) * LEVELS ** torch.arange(CHANNELS)).sum(dim=-1)
+
+
+def from_codes(codes):
+    """The inverse of `to_codes`."""
+    return (codes[..., None] // LEVELS ** torch.arange(CHANNELS) % LEVELS - 2).float()
+
+
+class TokenStageC(StageC):
+    """Stage C that predicts the codes of the cells, of which a share t has been replaced by random ones."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(LEVELS**CHANNELS, config.c.width)
+        self.out = nn.Linear(config.c.width, LEVELS**CHANNELS)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, codes, t, text):
+        """codes: noisy (B, hs, ws), t (B,), text (B, L, text width) -> logits (B, hs, ws, 625)"""
+        return self.predict_logits(codes, t, self.encode_conditions(text))
+
+    def predict_logits(self, codes, t, conditions):
+        h = self.blocks(self.embed(codes), time_embedding(t, self.time_width), conditions)
+        return self.out(self.out_norm(h))
+
+
+def token_stage_c_loss(c, semantic, text, null_text):
+    """As `train.stage_c_loss`, with the noise and the loss of tokens."""
+    text = torch.where(train.bernoulli_mask(0.05, text), null_text, text)
+    codes, t = to_codes(semantic), training_times(len(semantic), semantic.device)
+    noisy, replaced = replace_tokens(codes, torch.randint_like(codes, LEVELS**CHANNELS), t)
+    return token_loss(c(noisy, t, text), codes, replaced, t)
+
+
+class QuantizedWuerstchen(Wuerstchen):
+    def sample_c(self, x, times, prompts, negative="", guidance=None, generator=None):
+        """As in Wuerstchen, but of `x` only the shape counts."""
+        start = (random_numbers(torch.rand, x.shape[:3], generator, x.device) * LEVELS**CHANNELS).long()
+        guidance = self.config.guidance[0] if guidance is None else guidance
+        conditions = self.c.encode_conditions(self.encode_text(add_negatives(prompts, negative), "c"))
+        return from_codes(sample_tokens(self.c.predict_logits, start, times, conditions, guidance, generator))
+
+
+def quantized(args):
+    """Semantic latents of 16 numbers per cell, of 4, and of 4 that are rounded (625 codes). The last are drawn with
+    other numbers of steps of Stage C too."""
+    patches = {"wuerstchen.SemanticCompressor": QuantizedCompressor, "wuerstchen.StageC": TokenStageC,
+               "train.stage_c_loss": token_stage_c_loss, "train.Wuerstchen": QuantizedWuerstchen}
+    (images, captions), results, rows = test_set(COUNT, 64), {}, []
+    for what, options in {"16 channels": {}, f"{CHANNELS} channels": dict(semantic_channels=CHANNELS),
+                          f"{CHANNELS} channels, rounded": dict(patches=patches, semantic_channels=CHANNELS)}.items():
+        results[what], pair, model = train_and_judge(args, f"quantized_{len(results)}", **options)
+        rows += pair
+    with torch.no_grad():
+        codes = to_codes(in_batches(model.compress, test_set(2048, 64)[0]))
+    results["codes in use"] = len(codes.unique())
+    for n in (2, 4, 8, 40):
+        drawn = in_batches(lambda some, seeds: model.generate(some, seed=seeds, steps=(n, None)), captions,
+                           list(range(COUNT)))
+        results[f"rounded, drawn in {n} steps"] = check_all(drawn, captions)["whole"]
+    write(OUT / "quantized", results, make_sheet([images[:8], *rows], captions[:8]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps, sizes and captions of Stage B.
+
+
+@torch.no_grad()
+def steps(args):
+    """The model that comes with the code, 128 px: the same semantic latents, of test images and drawn by Stage C, go
+    through Stages B and A with fewer steps of B than its 12."""
+    model, (images, captions), seeds = Wuerstchen.load(MODEL), test_set(COUNT), list(range(COUNT))
+    compressed, noise = in_batches(model.compress, images), generators(seeds, COUNT)
+    drawn = model.sample_c(normal_noise(compressed.shape, noise, "cpu"), model.times(None, "c"), captions,
+                           generator=noise)
+    curves, rows = {}, []
+    for sampler in ("ddpm", "ddim"):
+        for name, semantic, texts in (("rebuilt", compressed, [""] * COUNT), ("drawn", drawn, captions)):
+            for n in (1, 2, 4, 8, 12):
+                out = in_batches(lambda e, some, seeds: model.from_semantic(
+                    e, some, steps=n, sampler=sampler, generator=generators(seeds, len(seeds))), semantic, texts, seeds)
+                curves.setdefault(f"{name}, {sampler}", []).append((n, 100 * check_all(out, captions)["whole"]))
+                rows += [out[:8]] if name == "rebuilt" else []
+    write(OUT / "steps", {"whole captions, % (steps of B: 1, 2, 4, 8, 12)": {
+        name: [round(y, 1) for _, y in curve] for name, curve in curves.items()}},
+        make_chart(curves, "steps of B", "whole captions right, %"))
+
+
+def upsampling(args):
+    """Stage B at 128 px, by a third of the steps as it draws four times as many latents: from the semantic latents of
+    the same image at 128 px, and of the image reduced to 64 px. Rebuilt images are compared with both sizes."""
+    images, captions = test_set(COUNT, 128)
+
+    def half(images):
+        return resize(resize(images, 64, 64), 128, 128)
+
+    results, rows = {}, [images[:8]]
+    for what, see in (("128 px", lambda images: images), ("64 px", half)):
+        rescale = wuerstchen.rescaled
+        with contextlib.ExitStack() as stack:
+            for module in (wuerstchen, train):
+                stack.enter_context(mock.patch.object(module, "rescaled", lambda x, scale: rescale(see(x), scale)))
+            folder = start_run(args, f"upsampling_{what[:-3]}", 128, b=PRESETS["tiny"].b)
+            train_stage("b", folder, "--steps", str(args.steps))
+            model = Wuerstchen.load(folder, ("text", "a", "b"))
+            rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, list(range(COUNT)))
+        rows.append(rebuilt[:8])
+        results[f"semantic latents of {what}"] = {
+            "rebuilt": check_all(rebuilt, captions)["whole"], "PSNR": psnr(rebuilt, images).mean().item(),
+            "PSNR, both reduced to 64 px": psnr(resize(rebuilt, 64, 64), resize(images, 64, 64)).mean().item()}
+    write(OUT / "upsampling", results, make_sheet(rows, captions[:8]))
+
+
+def text(args):
+    """Stage B trained with captions, as always, and without any."""
+    def without(compressor, small, text, null_text):
+        return noisy_conditions(compressor, small, null_text.expand_as(text), null_text)
+
+    noisy_conditions = train.noisy_conditions
+    compare(args, "text", {"with captions": {}, "without captions": dict(patches={"train.noisy_conditions": without})})
+
+
+def main(argv=None):
+    directions = {f.__name__: f for f in (tokens, positions, quantized, steps, upsampling, text)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("direction", choices=directions)
+    parser.add_argument("--run", default="runs/directions", help="folder for the runs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of Stage B (default: %(default)s)")
+    args = parser.parse_args(argv)
+    directions[args.direction](args)
+
+
+if __name__ == "__main__":
+    main()

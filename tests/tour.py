@@ -1,0 +1,317 @@
+"""
+A tour in pictures: what each part of Würstchen computes for one caption, as a page for any browser.
+
+    python tests/tour.py                                     with the model that comes with the code
+    python tests/tour.py "a green cross" --run runs/tiny     another caption (of two objects, best), another run
+
+Writes tour/index.html, which holds all pictures, and the pictures themselves beside it.
+"""
+
+import argparse
+import base64
+import html
+import inspect
+import io
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+
+import train  # noqa: E402
+import wuerstchen as w  # noqa: E402
+from sample import make_chart, make_sheet, to_pil, to_tensor  # noqa: E402
+
+CAPTION = "a big red circle to the left of a small blue square"
+STYLE = """body { font: 17px/1.5 Georgia, serif; max-width: 880px; margin: auto; padding: 0 12px; color: #222 }
+h2 { margin-top: 2.2em } code { font-size: 14px } figure { margin: 1em 0; overflow-x: auto }
+img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: 15px; color: #555 }
+@media (max-width: 600px) { img { max-width: 170% } }"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures: PIL images of numbers.
+
+
+def colours(x, limit=None):
+    """Numbers -> red where they are positive, blue where they are negative, white at 0; (...) -> (..., 3) in [0, 1].
+    limit: the number that gets the full colour (None: the largest)"""
+    x = (x.float() / (limit or x.abs().max().clamp(min=1e-9))).clamp(-1, 1)[..., None]
+    red, blue = torch.tensor([0.75, 0.1, 0.1]), torch.tensor([0.1, 0.25, 0.75])
+    return 1 - x.abs() * (1 - torch.where(x > 0, red, blue))
+
+
+def enlarge(images, side):
+    """(N, H, W, 3), small -> (N, side, side, 3), each pixel a square"""
+    return F.interpolate(images.movedim(-1, 1), (side, side)).movedim(1, -1)
+
+
+def table(values, rows, columns, digits=2):
+    """A PIL image of a matrix, each number on its colour. values (len(rows), len(columns))"""
+    width, height, left, top = 48, 22, 8 + 6 * max(map(len, rows)), 18
+    image = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), "white")
+    pen, shades = ImageDraw.Draw(image), to_pil(colours(values))
+    for x, column in enumerate(columns):
+        pen.text((left + width * x + width // 2, 4), column[:8], "black", anchor="ma")
+    for y, row in enumerate(rows):
+        pen.text((left - 4, top + height * y + height // 2), row, "black", anchor="rm")
+        for x, value in enumerate(values[y]):
+            corner = left + width * x, top + height * y
+            pen.rectangle([*corner, corner[0] + width - 2, corner[1] + height - 2], shades.getpixel((x, y)))
+            pen.text((corner[0] + width // 2, corner[1] + height // 2), f"{value:.{digits}f}", "black", anchor="mm")
+    return image
+
+
+def marked(image, cell, count):
+    """An image (H, W, 3) with a frame around one of count x count cells"""
+    image, side = to_pil(image), image.shape[0] / count
+    y, x = cell
+    ImageDraw.Draw(image).rectangle([x * side, y * side, (x + 1) * side - 1, (y + 1) * side - 1], None, "black", 2)
+    return to_tensor(image)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stations. Each yields figures: a PIL image, two sentences, and the functions that compute it.
+
+
+class Guide:
+    """The model, the caption, two test images, and what the stations ask for again and again."""
+
+    def __init__(self, folder, caption):
+        self.folder, self.model, self.caption = Path(folder), w.Wuerstchen.load(folder), caption
+        data = train.open_data(argparse.Namespace(**train.read_options(folder)))["test"]
+        self.images, self.captions = train.examples(data, 8)
+        self.semantic = self.model.compress(self.images)
+        ids = self.model.tokenizer.encode(caption)[:self.model.tokenizer.length - 2]
+        self.tokens = ["<start>", *(self.model.tokenizer.decode([i]) for i in ids), "<end>"]
+
+    def by_b(self, semantic, captions=None, seed=0, **options):
+        """Stages B and A, all images with the same seed. semantic (N, hs, ws, 16) -> (N, H, W, 3)"""
+        return self.model.from_semantic(semantic, captions or [""] * len(semantic),
+                                        generator=w.generators([seed] * len(semantic), len(semantic)), **options)
+
+
+def words(guide):
+    """Words to tokens to vectors"""
+    caption, count = guide.caption, len(guide.tokens)
+    text = guide.model.encode_text([caption], "b")[0]
+    yield (table(text[:count, :12], guide.tokens, [str(i) for i in range(12)], 1),
+           "Each token becomes a vector: a row, of which the first twelve numbers are shown. A token sees only itself "
+           "and those before it, so the last one stands for the whole caption.", w.Tokenizer.encode, w.TextEncoder)
+    others = [caption, *(caption.replace(a, b) for a, b in (
+        ("red", "pink"), ("red", "green"), ("circle", "star"), ("big", "small"), ("left", "right"),
+        ("to the left of", "above"), ("square", "cross")) if a in caption)]
+    _, mask = guide.model.tokenizer(others)
+    ends = guide.model.encode_text(others, "b")[torch.arange(len(others)), mask.sum(dim=1) - 1]
+    yield (table(F.cosine_similarity(ends[:, None], ends[None], dim=-1), others, list("12345678"[:len(others)])),
+           "The cosine between the last vectors of captions that differ in a word or two. The contrastive loss drives "
+           "them apart as far as their images differ: most for another colour, or another place.", w.contrastive_loss)
+
+
+def stage_a(guide):
+    """Stage A: latents four times smaller than the image"""
+    a, images, side = guide.model.a, guide.images[:1], guide.images.shape[1]
+    latents = a.encode(images)
+    rebuilt, _, codes, _ = a(images)
+    channels = colours(latents[0].movedim(-1, 0), 3)
+    shades = torch.rand(len(a.quantizer.codebook), 3, generator=torch.Generator().manual_seed(0))
+    yield (make_sheet([torch.cat([images, enlarge(channels, side), enlarge(shades[codes], side)])],
+                      ["image", *(f"latent channel {i}" for i in range(len(channels))), "codes"]),
+           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). Their nearest entry in "
+           "the codebook has a code, which gets a random colour here; Stage B uses the numbers themselves.",
+           w.VQGAN.encode, w.Quantizer.forward)
+    changed, (y, x) = latents.clone(), (n // 2 for n in latents.shape[1:3])
+    changed[0, y, x, 0] += latents[..., 0].std()
+    yield (make_sheet([torch.cat([images, rebuilt, 1 - 8 * (rebuilt - images).abs(),
+                                  1 - 8 * (a.decode(changed) - a.decode(latents)).abs()])],
+                      ["image", "rebuilt from its codes", "difference, 8 times", "what one latent, changed by a "
+                       "deviation, changes (8 times)"]),
+           "What is lost is at the edges. One latent changes only the pixels around it: Stage A knows details, and "
+           "nothing of the whole.", w.VQGAN.decode)
+
+
+def semantic(guide):
+    """The semantic latents: the image in a few numbers"""
+    images, e = guide.images, guide.semantic
+    n, channels = e.shape[1], e.shape[-1]
+    yield (make_sheet([enlarge(colours(e[i].movedim(-1, 0), 3), 48) for i in range(2)],
+                      [str(c) for c in range(channels)]),
+           f"The semantic latents of two test images: {n}x{n} cells of {channels} numbers, a column per number. "
+           "The compressor learned them together with Stage B: they are what helps B to draw.",
+           w.SemanticCompressor, w.Wuerstchen.compress)
+    rows = []
+    for i, j, cell in ((1, 3, (0, n // 2)), (3, 1, (0, n // 2)), (6, 3, (n - 1, n // 2))):
+        mixed = e[i].clone()
+        mixed[cell] = e[j][cell]
+        rows.append(torch.stack([marked(images[i], cell, n), marked(images[j], cell, n),
+                                 *guide.by_b(torch.stack([e[i], mixed]))]))
+    yield (make_sheet(rows, ["an image", "another", "drawn from the first's cells", "the same, with the framed cell of "
+                             "the other"]),
+           "Stage B draws an image's semantic latents, without a caption; then the framed cell is replaced by that of "
+           "another image. Only the object at that cell changes: it takes the other's colour, and a shape in between, "
+           "as the cells beside it know its outline too.", w.Wuerstchen.from_semantic)
+    values, rows = (-3, -1.5, 0, 1.5, 3), []
+    for channel in range(0, channels, max(1, channels // 4)):
+        swept = e[1:2].repeat(len(values), 1, 1, 1)
+        swept[..., channel] += torch.tensor(values)[:, None, None] * guide.model.c.latent_std[channel]
+        rows.append(guide.by_b(swept))
+    yield (make_sheet(rows, [f"{v} deviations" for v in values]),
+           "One channel, moved in all cells by up to three deviations; each row another channel. None of them has a "
+           "meaning of its own, such as colour or shape: these are spread over all channels.", w.StageC.denormalise)
+
+
+def noise(guide):
+    """Noise: what diffusion undoes"""
+    model, times = guide.model, torch.linspace(0, 1, 5)
+    torch.manual_seed(0)
+    x0, e = model.a.encode(guide.images[:1]) / model.a.scale, model.c.normalise(guide.semantic[:1])
+    latents, cells = (w.add_noise(x.expand(5, *x.shape[1:]), torch.randn(1, *x.shape[1:]), times) for x in (x0, e))
+    yield (make_sheet([model.a.decode(latents * model.a.scale), guide.by_b(model.c.denormalise(cells))],
+                      [f"t = {t:.2f}" for t in times]),
+           "Above: noise in Stage A's latents, decoded. Below: noise in the semantic latents, drawn by Stage B: the "
+           "image stays sharp, but it becomes another one.", w.add_noise)
+    t = torch.linspace(0, 1, 101)
+    a = w.alpha_bar(t)
+    curves = {"share of image": a, "C's weight": 1 - a, "B's weight": (1 - a) * 0.4 / (a + 0.02).sqrt()}
+    yield (make_chart({name: [*zip(t.tolist(), y.tolist())] for name, y in curves.items()}, "t", ""),
+           "How much of the image is left in the noise, and how much the prediction counts in the losses. The weights "
+           "favour strong noise, where it is decided what is in the image.", w.alpha_bar, w.diffusion_loss)
+
+
+def stage_c(guide):
+    """Stage C at work: from noise to semantic latents"""
+    model, seen, count, shown = guide.model, [], 60, (1, 5, 10, 20, 40, 60)
+    shape = 1, *guide.semantic.shape[1:]
+    model.sample_c(torch.randn(shape, generator=torch.Generator().manual_seed(0)), w.timesteps(count, "cpu"),
+                   [guide.caption], generator=w.generators([0], 1),
+                   after_step=lambda x, x0, t: seen.append((x, x0)) or x)
+    x, x0 = (torch.cat([seen[i - 1][j] for i in shown]) for j in (0, 1))
+    yield (make_sheet([guide.by_b(model.c.denormalise(x0)), enlarge(colours(x[..., 0], 3), guide.images.shape[1])],
+                      [f"step {i} of {count}" for i in shown]),
+           "Above: what Stage C believes at some steps, drawn by B: the first belief is a mean of all images that fit, "
+           "the last is one image. Below: the first channel of the noisy latents after the step.",
+           w.predict_x0, w.ddpm_step)
+
+
+def attention(guide):
+    """Where it looks"""
+    model, weights, attend = guide.model, [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None):
+        if attn_mask is None:  # the text encoder's has one
+            weights.append((q @ k.mT / q.shape[-1]**0.5).softmax(dim=-1).mean(dim=1))  # of all heads: (B, N, M)
+        return attend(q, k, v, attn_mask)
+
+    names, side, length = guide.tokens, guide.semantic.shape[1], model.tokenizer.length
+    with mock.patch.object(F, "scaled_dot_product_attention", spy):
+        noisy = torch.randn(1, *guide.semantic.shape[1:], generator=torch.Generator().manual_seed(0))
+        e = model.sample_c(noisy, model.times(None, "c"), [guide.caption], guidance=1)
+        per_step = model.config.c.depth
+        middle = weights[len(weights) // 2 // per_step * per_step:][:per_step]
+        del weights[:]
+        x = torch.randn(1, *[model.config.image_size // 4] * 2, 4, generator=torch.Generator().manual_seed(0))
+        latents = model.sample_b(x, model.times(None, "b"), e, [guide.caption], guidance=1)
+    left, right, cells = side // 2 * side, side // 2 * side + side - 1, side * side
+    read = [block[0, place, cells:cells + len(names)] for block in middle for place in (left, right)]
+    yield (table(torch.stack(read),
+                 [f"block {i + 1}, {name} cell" for i in range(per_step) for name in ("left", "right")], names),
+           "How much Stage C's left and right cells attend to each word, in each block, in the middle of sampling (the "
+           "rest goes to the other cells). The two cells ask different words, but often not those that name their "
+           "object: they ask later ones, whose vectors know all that came before. In the model that comes with the "
+           "code, the left cell asks “left of a”, and the right one “square”.", w.AttnBlock)
+    block = weights[len(weights) // 2][0]  # a block in the middle of the U-Net, in the middle of sampling
+    grid = int((block.shape[1] - length) ** 0.5)
+    places = [(grid // 2, grid // 4), (grid // 2, grid * 3 // 4)]
+    rows = torch.stack([block[y * grid + x] for y, x in places])
+    maps = 1 - rows[:, :grid * grid] / rows[:, :grid * grid].amax(dim=1, keepdim=True)
+    maps = enlarge(maps.view(2, grid, grid, 1).expand(-1, -1, -1, 3), guide.images.shape[1])
+    yield (make_sheet([torch.cat([model.a.decode(latents), maps])],
+                      ["drawn", "from the middle of the left half", "from the middle of the right half"]),
+           "Where in the image two places of Stage B look (dark: more), in one block in the middle of the U-Net. They "
+           "do not look at their own object, as one might expect, but at some places that serve as a notice board.",
+           w.Attention.attend)
+    yield (table(rows[:, grid * grid:][:, :len(names)], ["left", "right"], names),
+           "The same two places' attention to the words. In the model that comes with the code, each asks the word "
+           "that names its own object, although the semantic latents have already told Stage B what to draw.",
+           w.StageB.encode_conditions)
+
+
+def guidance(guide):
+    """Guidance: away from what is drawn without a caption"""
+    def generate(caption, scale):
+        return guide.model.generate([caption] * 3, seed=[0, 1, 2], guidance=(scale, 1))
+
+    columns = {"no caption": ("", 1)} | {f"guidance {s}": (guide.caption, s) for s in (1, 2, 4, 8)}
+    yield (make_sheet([*torch.stack([generate(*column) for column in columns.values()], dim=1)], [*columns]),
+           "Three seeds, a row each. Guidance pushes Stage C's prediction away from what it predicts without a "
+           "caption. Shapes hardly need it; photos do, and all look alike if there is too much of it.", w.guided)
+
+
+def stage_b(guide):
+    """Stage B at work: from noise and semantic latents to Stage A's latents"""
+    model, seen, e = guide.model, [], guide.semantic[1:2]
+    guide.by_b(e, steps=12, after_step=lambda x, x0, t: seen.append(x0) or x)
+    shown = (1, 2, 3, 4, 6, 8, 10, 12)
+    yield (make_sheet([model.a.decode(torch.cat([seen[i - 1] for i in shown]) * model.a.scale)],
+                      [f"step {i} of 12" for i in shown]),
+           "What Stage B believes at each of its steps, decoded by Stage A. From the first on, everything is in its "
+           "place, as the semantic latents say where; the other steps make it sharp.", w.StageB.predict_eps, w.sample)
+    rows = [guide.by_b(x, captions, seed) for seed in range(2) for x, captions in [(
+        torch.cat([e, e, 0 * e, 0 * e]), [guide.captions[1], "", guide.captions[1], ""])]]
+    yield (make_sheet(rows, ["both", "without the caption", "without the semantic latents", "with neither"]),
+           "Two seeds, a row each. The semantic latents alone decide what is drawn, and the caption adds nothing. With "
+           "the caption alone, which Stage B has seldom seen in training, some of it is drawn.", train.noisy_conditions)
+
+
+def training(guide):
+    """What an untrained and a half-trained model draws"""
+    for stage, rows in (("b", "by Stage A; by Stage B"), ("c", "by A; by B; drawn by Stages C and B")):
+        sheets = sorted((guide.folder / "sheets").glob(f"{stage}_*.png"))
+        for path in sorted({*sheets[:1], *sheets[len(sheets) // 2:][:1], *sheets[-1:]}):
+            yield (Image.open(path), f"Stage {stage.upper()} after {int(path.stem[2:])} steps: test images; {rows}.",
+                   train.fit)
+
+
+STATIONS = (words, stage_a, semantic, noise, stage_c, attention, guidance, stage_b, training)
+
+
+def where(function):
+    """-> "wuerstchen.py: StageB.unet (line 801)\""""
+    function = inspect.unwrap(function)
+    path, line = Path(inspect.getsourcefile(function)), inspect.getsourcelines(function)[1]
+    return f"{path.resolve().relative_to(HERE.resolve()).as_posix()}: {function.__qualname__} (line {line})"
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("caption", nargs="?", default=CAPTION)
+    parser.add_argument("--run", default=HERE / "tests" / "shapes")
+    parser.add_argument("--out", default="tour", help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    guide, out, parts = Guide(args.run, args.caption), Path(args.out), []
+    out.mkdir(exist_ok=True)
+    for number, station in enumerate(STATIONS, 1):
+        for i, (image, text, *functions) in enumerate(station(guide), 1):
+            image.save(out / f"{number}_{station.__name__}_{i}.png")
+            image.save(buffer := io.BytesIO(), "PNG")
+            title, data = html.escape(station.__doc__), base64.b64encode(buffer.getvalue()).decode()
+            parts += [f"<h2>{number}. {title}</h2>"] if i == 1 else []
+            parts.append(f'<figure><img alt="{title}" width="{image.width}" src="data:image/png;base64,{data}">'
+                         f'<figcaption>{html.escape(text)}<br><code>{"; ".join(map(where, functions))}</code>'
+                         "</figcaption></figure>")
+        print(f"{number}. {station.__doc__}")
+    (out / "index.html").write_text(
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Inside Würstchen</title><style>{STYLE}</style><h1>Inside Würstchen</h1><p>"
+        f"“{html.escape(args.caption)}”</p>" + "\n".join(parts) + "</html>", "utf-8")
+    print(out / "index.html")
+
+
+if __name__ == "__main__":
+    main()
