@@ -18,6 +18,7 @@ alone (but for rounding).
 import argparse
 import functools
 import io
+import itertools
 import math
 import os
 import sys
@@ -91,7 +92,8 @@ def make_sheet(rows, captions=(), gap=4):
 
 
 def make_chart(curves, x_label, y_label, log=False):
-    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0"""
+    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0.
+    "..., held out" is dashed, in the colour of the curve before it."""
     chart = Image.new("RGB", (640, 360), "white")
     pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
 
@@ -116,11 +118,17 @@ def make_chart(curves, x_label, y_label, log=False):
         pen.text((left - 6, to_y(v)), f"{v:g}", "black", anchor="rm")
     pen.text((right, bottom + 22), x_label, "black", anchor="ra")
     pen.text((left, 4), y_label, "black")
+    palette = itertools.cycle(("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444"))
     for i, (label, curve) in enumerate(curves.items()):
-        colour = ("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444")[i % 6]
-        pen.line([(to_x(x), to_y(y)) for x, y in curve], colour, 2)
-        for x, y in curve if len(curve) < 30 else ():
-            pen.ellipse([to_x(x) - 3, to_y(y) - 3, to_x(x) + 3, to_y(y) + 3], colour)
+        held_out = label.endswith(", held out")
+        colour = colour if held_out else next(palette)
+        points = np.array([(to_x(x), to_y(y)) for x, y in curve])
+        for start, end in zip(points, points[1:]):
+            dashes = np.linspace(start, end, 10 if held_out else 2)
+            for a, b in zip(dashes[::2], dashes[1::2]):
+                pen.line([*a, *b], colour, 2)
+        for x, y in points if len(points) < 30 else ():
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
         pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
     return chart
@@ -140,8 +148,10 @@ def pick_device(name=None):
 
 
 def print_machine(device, precision):
+    """Prints what this runs on, and returns it."""
     name = f"{device} ({torch.cuda.get_device_name()})" if device == "cuda" else device
-    print(f"PyTorch {torch.__version__} on {name}, {precision}, CPU threads: {torch.get_num_threads()}")
+    print(line := f"PyTorch {torch.__version__} on {name}, {precision}, CPU threads: {torch.get_num_threads()}")
+    return line
 
 
 # ----------------------------------------------------------------------------------------------------------------------

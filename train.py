@@ -16,8 +16,10 @@ its folder:
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
     clip.pt                     the whole contrastive model, by which tests/score.py judges
     STAGE.ckpt, cache/          an unfinished stage, and what it learns from
-    metrics.jsonl               a line every few steps: loss, learning rate, images per second
+    metrics.jsonl               a line every few steps: loss (in B and C also by quarter of the time: loss_0, ...,
+                                loss_75), learning rate, images per second; at checkpoints, the loss of test images
     sheets/, curves.png         images that show the progress, and the losses
+    report.md                   the machine, what each stage took, and where it got to
 
 Read it from top to bottom: data, losses, the training loop, the stages, the command line.
 """
@@ -33,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -537,30 +540,38 @@ def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
         the loss has the factor 0.4/√(ᾱ(t) + 0.02), whose mean is 1, besides the P2 weight
 
     There, shapes are lost in the noise, but they still count in the loss.
-    latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions` -> scalar"""
+    latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
+    -> each image's loss and its time, (B,) each"""
     semantic, text = noisy_conditions(compressor, small, text, null_text)
     x0 = latents / scale
     t, eps = torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device)), torch.randn_like(x0)
-    return diffusion_loss(eps, b(add_noise(x0, eps, t), t, semantic, text), t, 0.4 / (alpha_bar(t) + 0.02).sqrt())
+    return diffusion_loss(eps, b(add_noise(x0, eps, t), t, semantic, text), t, 0.4 / (alpha_bar(t) + 0.02).sqrt()), t
 
 
 def token_stage_b_loss(b, compressor, small, codes, text, null_text):
     """That of the paper's first version: `token_loss` of Stage A's codes (B, h, w), of which each is replaced by a
-    random one with probability t; the rest as in `stage_b_loss` -> scalar"""
+    random one with probability t; the rest as in `stage_b_loss`"""
     semantic, text = noisy_conditions(compressor, small, text, null_text)
     t = training_times(len(codes), codes.device)
     noisy, replaced = replace_tokens(codes, torch.randint_like(codes, len(b.tokens.weight)), t)
-    return token_loss(b(noisy, t, semantic, text), codes, replaced, t)
+    return token_loss(b(noisy, t, semantic, text), codes, replaced, t), t
 
 
 def stage_c_loss(c, semantic, text, null_text):
     """Stage C's (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5 % of
     the captions are replaced by the null caption, which classifier-free guidance needs.
-    semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width) -> scalar"""
+    semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width)
+    -> each image's loss and its time, (B,) each"""
     text = torch.where(bernoulli_mask(0.05, text), null_text, text)
     x0 = c.normalise(semantic)
     t, eps = training_times(len(x0), x0.device), torch.randn_like(x0)
-    return diffusion_loss(eps, c(add_noise(x0, eps, t), t, text), t)
+    return diffusion_loss(eps, c(add_noise(x0, eps, t), t, text), t), t
+
+
+def by_time(losses, t):
+    """For the log: the mean loss of the images whose time is in each quarter of [0, 1]; NaN if there are none."""
+    quarter = (4 * t).long().clamp(max=3)
+    return {f"loss_{25 * i}": torch.where(quarter == i, losses.detach(), math.nan).nanmean() for i in range(4)}
 
 
 def bernoulli_mask(p, x):
@@ -658,13 +669,14 @@ def ema_update(averages, params, steps):
     torch._foreach_lerp_(averages, params, 1 - min(0.999, (1 + steps.item()) / (10 + steps.item())))
 
 
-def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda name: 1):
+def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_scale=lambda name: 1):
     """Trains a network and returns its moving average. A checkpoint is written every --save-every steps; after Ctrl-C
     or a crash, the next call goes on from it.
 
     batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
     and a dictionary of numbers to log (a "loss" among them is logged in its place);
-    preview(average, images, captions) -> rows of images for a sheet; lr_scale: see `make_optimizers`."""
+    preview(average, images, captions) -> rows of images for a sheet; held_out: batches of test data, of which the
+    average's mean loss is logged, with the same noise each time; lr_scale: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
@@ -721,11 +733,17 @@ def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda nam
         scaler.update()
         step += 1
         done = step == recipe.steps
-        if step % args.log_every == 0 or done:
+        checkpoint = step % args.save_every == 0 or done
+        if checkpoint and held_out:
+            torch.manual_seed(0)
+            with torch.no_grad(), run.autocast():
+                found = [loss_fn(average.module, batch, 0) for batch in held_out]
+            numbers["held_out"] = torch.stack([more.get("loss", loss) for loss, more in found]).mean()
+        if step % args.log_every == 0 or checkpoint:
             speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
-        if preview and (step % args.save_every == 0 or done):
+        if preview and checkpoint:
             images, captions = examples(run.test_data, 8)
             sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
@@ -762,10 +780,10 @@ class Run:
         return computing(self.device.type, self.precision, plain_attention(self.device.type, self.precision))
 
     def log(self, **numbers):
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl, without what is NaN because no image of the batch counts in it."""
+        numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
-            file.write(json.dumps(numbers) + "\n")
+            file.write(json.dumps({key: x for key, x in numbers.items() if x == x or key == "loss"}) + "\n")
 
     def load(self, numbers, size):
         """Batches number `numbers` of the training images: (size, H, W, 3) in [0, 1], and the captions of each image,
@@ -830,6 +848,17 @@ class Run:
             save_atomically(complete, json.dumps(texts))
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         return arrays | {"captions": read_json(complete)}
+
+    def held_out(self, stage, compute=None):
+        """64 test images in batches of the stage's size, at most: as `batches` yields them or, with compute, as
+        `cached_batches` does"""
+        size, found = min(64, self.recipe(stage).batch), []
+        for start in range(0, 64, size):
+            images, captions = examples(self.test_data, size, start)
+            images = images.to(self.device)
+            with torch.no_grad(), self.autocast():
+                found.append(compute(images) | {"captions": captions} if compute else (images, captions))
+        return found
 
     def cached_batches(self, arrays):
         """A `batches` for `fit`: random rows of what `cached` returns, as a dictionary of tensors, with one of the
@@ -916,7 +945,7 @@ def train_text(run):
 
     clip = CLIP(run.model.config)
     clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's compressor starts from it
-    clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn)
+    clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn, held_out=run.held_out("text"))
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
     save_atomically(run.folder / "clip.pt", clip.state_dict())
 
@@ -937,12 +966,12 @@ def train_a(run):
         images = torch.cat([crop(batch[0], side) for _ in range(crops)])
         loss_gen, loss_disc, mse, latents, codes = vqgan_loss(network["a"], network["discriminator"], images,
                                                               adversarial=step >= 3 * steps // 4)
-        moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle)
+        moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle) if network.training else 0
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
     # A code has a gradient only when it is chosen, and must keep up with moving latents: it learns faster.
     average = fit(run, "a", network.to(run.device), run.batches, loss_fn,
-                  preview=lambda average, images, captions: [average["a"](images)[0]],
+                  lambda average, images, captions: [average["a"](images)[0]], run.held_out("a"),
                   lr_scale=lambda name: 5 if name.endswith("codebook") else 1)
     run.model.a = average["a"]
     set_scale(run)
@@ -998,15 +1027,17 @@ def train_b(run):
         with torch.no_grad():
             text, null_text = run.encode(model.text_b, batch["captions"])
         if tokens:
-            return token_stage_b_loss(b, compressor, small, batch["latents"].long(), text, null_text), {}
-        return stage_b_loss(b, compressor, model.a.scale, small, batch["latents"].float(), text, null_text), {}
+            losses, t = token_stage_b_loss(b, compressor, small, batch["latents"].long(), text, null_text)
+        else:
+            losses, t = stage_b_loss(b, compressor, model.a.scale, small, batch["latents"].float(), text, null_text)
+        return losses.mean(), by_time(losses, t)
 
     def preview(average, images, captions):
         model.compressor, model.b = average["compressor"], average["b"]
         return model.reconstruct(images, captions, seed=0)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
-    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview,
+    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview, run.held_out("b", compute),
                   lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1)
     model.compressor, model.b = average["compressor"], average["b"]
 
@@ -1028,7 +1059,10 @@ def train_c(run):
     if not run.pretrained:
         model.text_c = copy.deepcopy(model.text_b)
 
-    arrays = run.cached("semantic", "b.pt", lambda images: dict(semantic=model.compress(images)))
+    def compute(images):
+        return dict(semantic=model.compress(images))
+
+    arrays = run.cached("semantic", "b.pt", compute)
     # Measured for pretrained weights too: they differ with the size of the images. clip: a channel may be constant.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
@@ -1036,14 +1070,15 @@ def train_c(run):
     network = nn.ModuleDict(dict(text_c=model.text_c, c=model.c))
 
     def loss_fn(network, batch, step):
-        return stage_c_loss(network["c"], batch["semantic"],
-                            *run.encode(network["text_c"], batch["captions"], "c")), {}
+        losses, t = stage_c_loss(network["c"], batch["semantic"],
+                                 *run.encode(network["text_c"], batch["captions"], "c"))
+        return losses.mean(), by_time(losses, t)
 
     def preview(average, images, captions):
         model.text_c, model.c = average["text_c"], average["c"]
         return [*model.reconstruct(images, seed=0, guidance=1), model.generate(captions, seed=0)]
 
-    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview,
+    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview, run.held_out("c", compute),
                   lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
     model.text_c, model.c = average["text_c"], average["c"]
 
@@ -1054,12 +1089,42 @@ def draw_curves(folder):
     for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
         if not isinstance(line, dict):
             continue
-        curve = curves.setdefault(line["stage"], [])
-        while curve and curve[-1][0] >= line["step"]:  # done again
-            curve.pop()
-        curve.append((line["step"], max(1e-6, line["loss"])))  # not NaN
-    make_chart({stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
-                for stage, curve in curves.items()}, "step", "loss", log=True).save(folder / "curves.png")
+        for label, loss in ((line["stage"], line["loss"]), (line["stage"] + ", held out", line.get("held_out"))):
+            curve = curves.setdefault(label, [])
+            while curve and curve[-1][0] >= line["step"]:  # done again
+                curve.pop()
+            if loss is not None:
+                curve.append((line["step"], max(1e-6, loss)))  # not NaN
+    make_chart({label: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
+                for label, curve in curves.items() if curve}, "step", "loss", log=True).save(folder / "curves.png")
+
+
+def peak_memory(device):
+    """The most memory that this process has used so far, in GB: of the GPU, or of the machine (NaN on Windows)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if os.name == "nt":
+        return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def report(run, stage, seconds, machine):
+    """Adds a finished stage to report.md, by which runs are compared."""
+    path, sheet = run.folder / "report.md", max(run.folder.glob(f"sheets/{stage}_*.png"), default=None)
+    lines = [parse_json(line) or {} for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line.get("stage") == stage][-1]
+    row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
+           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last['held_out']:.4f}",
+           f"[sheet]({sheet.relative_to(run.folder).as_posix()})" if sheet else "")
+    with open(path, "a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write(f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
+                       f"{run.args.preset}, data {run.args.data}, {run.model.config.image_size} px.\n\n"
+                       f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n\n| stage "
+                       "| minutes since it was last begun | steps | batch | images/s | peak memory so far, GB | loss | "
+                       "held-out loss | test images |\n" + "| --- " * len(row) + "|\n")
+        file.write("| " + " | ".join(map(str, row)) + " |\n")
 
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
@@ -1205,7 +1270,7 @@ def main(argv=None):
     args = parse_args(argv)
     saved, device = read_options(args.run), pick_device(args.device)
     precision = args.precision or pick_precision(device)
-    print_machine(device, precision + ", plain attention" * plain_attention(device, precision))
+    machine = print_machine(device, precision + ", plain attention" * plain_attention(device, precision))
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs for what autocast leaves in float32
     start = time.time()
     if args.download:
@@ -1222,6 +1287,7 @@ def main(argv=None):
         if args.stage == "all" and path.exists():
             print(f"stage {stage}: already trained")
             continue
+        begun = time.time()
         torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
         run.pretrained = bool(args.init_from) and path.exists()
         run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(run.device)
@@ -1230,6 +1296,7 @@ def main(argv=None):
         (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
         shutil.rmtree(run.folder / "cache", ignore_errors=True)
         draw_curves(run.folder)
+        report(run, stage, time.time() - begun, machine)
     print(f"{run.folder}: done in {time.time() - start:.0f} s")
     if (run.folder / "c.pt").exists():
         print(f'draw with it: python sample.py "..." --run {run.folder}')

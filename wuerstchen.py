@@ -957,10 +957,10 @@ def training_times(n, device):
 
 
 def diffusion_loss(eps, predicted, t, factor=1.0):
-    """Mean of factor·(1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as in the
-    authors' code, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints (1 − ᾱ)/(1 + ᾱ).
-    eps and predicted (B, ...), t (B,), factor: (B,) or a number -> scalar"""
-    return (factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()
+    """Each image's mean of factor·(1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as
+    in the authors' code, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints
+    (1 − ᾱ)/(1 + ᾱ). eps and predicted (B, ...), t (B,), factor: (B,) or a number -> (B,)"""
+    return factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)
 
 
 def predict_x0(x, eps, t):
@@ -1070,13 +1070,13 @@ def replace_tokens(codes, others, t, generator=None):
 
 
 def token_loss(logits, codes, replaced, t):
-    """Cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and by 0.3 + 0.7·t elsewhere:
-    the weighted mean of each image, then the mean over images.
-    logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> scalar"""
+    """Each image's mean of the cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and
+    by 0.3 + 0.7·t elsewhere.
+    logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> (B,)"""
     errors = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="none")
     errors = errors.view_as(codes)
     weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t.view(-1, 1, 1))
-    return ((weight * errors).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))).mean()
+    return (weight * errors).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def diffusion_step(bench, network, *shapes):
     """`training_step` for Stage B or C. shapes: of the noisy latents and of each condition"""
     x, *conditions = [torch.randn(shape, device=bench.device) for shape in shapes]
     noise, t = torch.randn_like(x), torch.rand(len(x), device=bench.device)
-    return training_step(bench, network, lambda: diffusion_loss(noise, network(x, t, *conditions), t))
+    return training_step(bench, network, lambda: diffusion_loss(noise, network(x, t, *conditions), t).mean())
 
 
 def reference_networks(config):

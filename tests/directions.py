@@ -180,7 +180,7 @@ def token_stage_c_loss(c, semantic, text, null_text):
     text = torch.where(train.bernoulli_mask(0.05, text), null_text, text)
     codes, t = to_codes(semantic), training_times(len(semantic), semantic.device)
     noisy, replaced = replace_tokens(codes, torch.randint_like(codes, LEVELS**CHANNELS), t)
-    return token_loss(c(noisy, t, text), codes, replaced, t)
+    return token_loss(c(noisy, t, text), codes, replaced, t), t
 
 
 class QuantizedWuerstchen(Wuerstchen):

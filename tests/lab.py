@@ -675,20 +675,20 @@ def noising(m):
         "the mean over pixels and channels, not the sum": (".mean(dim=1)", ".sum(dim=1)"),
         "the error is squared": (".square()", ".abs()"),
         "divide by the number of images, not by the sum of the weights": (
-            "return (", "return (1 / (1 - alpha_bar(t)).mean()) * ("),
+            "return ", "return (1 / (1 - alpha_bar(t)).mean()) * "),
         "each image's error is multiplied by its own factor too": ("factor * ", ""),
     },
     same=(
         ("(1 - alpha_bar(t)) *", "1 / (1 + alpha_bar(t) / (1 - alpha_bar(t))) *"),
-        ("(factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)).mean()",
-         "((factor * (1 - alpha_bar(t))).view(-1, 1, 1, 1) * (predicted - eps) ** 2).mean()"),
+        ("factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)",
+         "((factor * (1 - alpha_bar(t))).view(-1, 1, 1, 1) * (predicted - eps) ** 2).mean(dim=(1, 2, 3))"),
         ("(eps - predicted).square().flatten(1).mean(dim=1)", "torch.stack([F.mse_loss(p, e) for e, p in "
                                                              "zip(eps, predicted)])"),
     ))
 def p2(m):
     eps, predicted, t = noise(3, 4, 4, 2), noise(3, 4, 4, 2).requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
     loss = m.diffusion_loss(eps, predicted, t)
-    return {"loss": loss.detach(), "gradient": 10 * torch.autograd.grad(loss, predicted)[0],
+    return {"loss": loss.detach(), "gradient": 10 * torch.autograd.grad(loss.mean(), predicted)[0],
             "loss with a factor": m.diffusion_loss(eps, predicted, t, torch.tensor([0.3, 2.0, 1.0])).detach()}
 
 
@@ -853,8 +853,9 @@ def stage_b(m):
         return x + 0.1 * semantic[..., :4]
 
     text, null_text = torch.ones(rows, 3, 2), torch.full((1, 3, 2), -1.0)
-    loss = m.stage_b_loss(b, compressor, torch.tensor(0.4), torch.rand(rows, 3, 3, 3),
-                          torch.full((rows, 2, 2, 4), latents), text, null_text)
+    losses, _ = m.stage_b_loss(b, compressor, torch.tensor(0.4), torch.rand(rows, 3, 3, 3),
+                               torch.full((rows, 2, 2, 4), latents), text, null_text)
+    loss = losses.mean()
     (x, t, semantic, text), = seen
     semantic, signal = semantic.detach().flatten(1), wuerstchen.alpha_bar(t).view(-1, 1, 1, 1)
     eps = (x - signal.sqrt() * latents / 0.4) / (1 - signal).sqrt()

@@ -118,10 +118,10 @@ def train_baseline(folder, steps):
         text = torch.where(train.bernoulli_mask(0.05, text), null_text, text)
         x0 = batch["latents"].float() / model.a.scale
         t, eps = torch.sigmoid(0.5 + torch.randn(len(x0))), torch.randn_like(x0)
-        return diffusion_loss(eps, network["unet"](add_noise(x0, eps, t), t, None, text), t), {}
+        return diffusion_loss(eps, network["unet"](add_noise(x0, eps, t), t, None, text), t).mean(), {}
 
     arrays = run.cached("baseline", "a.pt", lambda images: dict(latents=model.a.encode(images).half()))
-    train.fit(run, "b", network, run.cached_batches(arrays), loss_fn, None,
+    train.fit(run, "b", network, run.cached_batches(arrays), loss_fn,
               lr_scale=lambda name: 0.1 if name.startswith("text") else 1)
 
 
@@ -131,7 +131,7 @@ def watch(measure, times=5):
     `times` times. -> a growing list of (seconds of training, without those of measuring; what was measured)"""
     fit, found = train.fit, []
 
-    def watched(run, stage, network, batches, loss_fn, preview, lr_scale):
+    def watched(run, stage, network, batches, loss_fn, preview, held_out=(), **options):
         run.args.save_every, start, stopped = math.ceil(run.recipe(stage).steps / times), time.time(), 0
 
         def look(average, images, captions):
@@ -140,7 +140,7 @@ def watch(measure, times=5):
             found.append((now - start - stopped, measure(run.model, average)))
             stopped += time.time() - now
             return []
-        return fit(run, stage, network, batches, loss_fn, look, lr_scale)
+        return fit(run, stage, network, batches, loss_fn, look, **options)
 
     with mock.patch.object(train, "fit", watched):
         yield found

@@ -1,7 +1,8 @@
 """
 Measures how good a trained run is, on captions and images that it was not trained on:
 
-    python tests/score.py --run runs/tiny                  a table; the same numbers in score.json in the run folder
+    python tests/score.py --run runs/tiny                  a table, also added to the run's report.md; the same numbers
+                                                           in score.json in the run folder
     python tests/score.py --run runs/tiny --count 500
     python tests/score.py --run runs/tiny --sweep --out sweep.png "a red star"
 
@@ -263,14 +264,16 @@ SWEEP = {"cfg": (0, 1, 2, 4, 8, 16), "steps_c": (1, 2, 4, 8, 16, 60), "steps_b":
 
 
 def print_table(title, rows):
-    """rows: {name: {column: number}}. Columns that no row has are left out."""
+    """rows: {name: {column: number}}. Columns that no row has are left out. Returns what it prints."""
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
     table = [[title, *columns]]
     for key, row in rows.items():
         table.append([str(key), *(COLUMNS[name].format(row[name]) if name in row else "" for name in columns)])
     widths = [max(map(len, column)) + 2 for column in zip(*table)]
-    for name, *cells in table:
-        print(name.ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(cells, widths[1:])))
+    text = "\n".join(name.ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(cells, widths[1:]))
+                     for name, *cells in table)
+    print(text)
+    return text
 
 
 def finish(judge, args, file_name, numbers):
@@ -306,7 +309,10 @@ def score(model, args):
     rows["the images"] = judge(images, captions, real)
     codes = in_batches(lambda x: model.a.quantizer(model.a.encode(x))[1], images)
     usage, perplexity = codebook_usage(codes, model.config.a.codebook_size)
-    print_table("", rows)
+    text = print_table("", rows)
+    if (report := Path(args.run) / "report.md").exists():  # train.py begins it
+        with open(report, "a", encoding="utf-8") as file:
+            file.write(f"\n{judge.count} images per row:\n\n```\n{text}\n```\n")
     print(f"Codebook: {usage:.1%} in use, perplexity {perplexity:.0f} of {model.config.a.codebook_size}.")
     finish(judge, args, "score.json", {"rows": rows, "codebook": {"usage": usage, "perplexity": perplexity}})
 

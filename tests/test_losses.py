@@ -137,11 +137,13 @@ class Compressor(nn.Module):
 
 
 def loss_b(b, compressor=Compressor()):
-    return train.stage_b_loss(b, compressor, torch.tensor(0.4), SMALL, torch.full((ROWS, 2, 2, 4), 0.2), TEXT, NULL)
+    losses, _ = train.stage_b_loss(b, compressor, torch.tensor(0.4), SMALL, torch.full((ROWS, 2, 2, 4), 0.2), TEXT,
+                                   NULL)
+    return losses.mean()
 
 
 def loss_c(c):
-    return train.stage_c_loss(c, torch.full((ROWS, 2, 2, 16), 8.0), TEXT, NULL)
+    return train.stage_c_loss(c, torch.full((ROWS, 2, 2, 16), 8.0), TEXT, NULL)[0].mean()
 
 
 @pytest.mark.parametrize("loss_of, x0, share", [(loss_b, 0.2 / 0.4, 0.25), (loss_c, (8 - 5) / 2, 0.05)])
@@ -217,7 +219,7 @@ def begin(run, tmp_path, monkeypatch):
     def begin(stage, loss, *options):
         found = SimpleNamespace(calls=[])
 
-        def fit(run, stage, network, batches, loss_fn, preview=None, lr_scale=lambda name: 1):
+        def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_scale=lambda name: 1):
             found.run, found.network, found.lr_scale = run, network, lr_scale
             found.batch = next(batches(0, run.recipe(stage)))
             found.loss_fn = lambda step: loss_fn(network, found.batch, step)
@@ -225,7 +227,9 @@ def begin(run, tmp_path, monkeypatch):
 
         def record(*args, **options):
             found.calls.append([*args, *options.values()])
-            return torch.tensor(1.0), torch.tensor(2.0), 0, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1).long()
+            if loss == "vqgan_loss":
+                return torch.tensor(1.0), torch.tensor(2.0), 0, torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1).long()
+            return torch.arange(16.0), torch.arange(16) / 16
         monkeypatch.setattr(train, "fit", fit)
         monkeypatch.setattr(train, loss, record)
         with pytest.raises(Stopped):
@@ -267,7 +271,8 @@ def test_stage_a_is_adversarial_in_its_last_quarter(begin):
 @torch.no_grad()
 def test_stage_b_gets_latents_and_text(begin):
     stage = begin("b", "stage_b_loss")
-    stage.loss_fn(0)
+    loss, numbers = stage.loss_fn(0)
+    assert loss == 7.5 and numbers == {"loss_0": 1.5, "loss_25": 5.5, "loss_50": 9.5, "loss_75": 13.5}
     (b, compressor, scale, small, latents, text, null_text), model, batch = stage.calls[0], stage.run.model, stage.batch
     assert b is stage.network["b"] and compressor is stage.network["compressor"] and scale is model.a.scale
     assert torch.equal(small * 255, batch["small"].float())
@@ -282,7 +287,8 @@ def test_stage_b_gets_latents_and_text(begin):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_stage_c_gets_semantic_latents_and_text(begin, frozen):
     stage = begin("c", "stage_c_loss", *["--freeze-text"] * frozen)
-    stage.loss_fn(0)
+    loss, numbers = stage.loss_fn(0)
+    assert loss == 7.5 and numbers["loss_75"] == 13.5
     (c, semantic, text, null_text), model, batch, cache = stage.calls[0], stage.run.model, stage.batch, stage.cache
     assert c is stage.network["c"] and torch.equal(semantic, batch["semantic"])
     assert stage.network["text_c"] is model.text_c and text.requires_grad == null_text.requires_grad == (not frozen)

@@ -1,6 +1,7 @@
 """From nothing to images, at a size smaller than tiny; and what happens when something is wrong."""
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -18,7 +19,7 @@ from wuerstchen import Wuerstchen
 def test_all_stages_leave_what_they_promise(run):
     names = {path.name for path in run.iterdir()}
     assert names == {"config.json", "options.json", "tokenizer", "text.pt", "clip.pt", "a.pt", "b.pt", "c.pt", "sheets",
-                     "curves.png", "metrics.jsonl"}
+                     "curves.png", "metrics.jsonl", "report.md"}
     assert {path.name for path in (run / "sheets").iterdir()} == {f"{stage}_000004.png" for stage in "abc"}
     assert Image.open(run / "sheets/a_000004.png").width == 8 * 68 + 4
     rows = metrics(run)
@@ -26,6 +27,22 @@ def test_all_stages_leave_what_they_promise(run):
     assert all(row.keys() >= {"step", "lr", "loss", "images_per_s"} for row in rows)
     assert all(np.isfinite(value) for row in rows for key, value in row.items() if key != "stage")
     assert json.loads((run / "options.json").read_text()).items() >= {"data": "shapes", "image_size": 64}.items()
+
+
+def test_report(run):
+    """A row for each stage, with as many cells as the header; what it links is there."""
+    text = (run / "report.md").read_text("utf-8")
+    header, _, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert f"PyTorch {torch.__version__} on cpu" in text and "Preset tiny, data shapes, 64 px" in text
+    assert [row[0].strip() for row in rows] == ["text", "a", "b", "c"] and {len(row) for row in rows} == {len(header)}
+    last = {row["stage"]: row for row in metrics(run)}
+    for stage, minutes, steps, batch, speed, memory, loss, held_out, _ in rows:
+        row = last[stage.strip()]
+        assert (int(steps), int(batch)) == (4, 8) and 0 <= float(minutes) < 5 and 0.1 < float(memory) < 20
+        assert float(loss) == pytest.approx(row["loss"], abs=1e-4)
+        assert float(held_out) == pytest.approx(row["held_out"], abs=1e-4)
+    for link in re.findall(r"\]\((.+?)\)", text):
+        assert (run / link).exists(), link
 
 
 def test_all_skips_what_is_finished(run, capsys):

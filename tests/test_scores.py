@@ -128,6 +128,7 @@ def test_draw_gives_each_image_its_own_seed(model, monkeypatch):
 
 
 def test_score(model, run, capsys):
+    (run / "report.md").write_text("# run\n")
     score.main(["--run", str(run), *FEW, "--seed", "5"])
     table, kept = capsys.readouterr().out.splitlines(), json.loads((run / "score.json").read_text("utf-8"))
     rows, usage = kept["rows"], kept["codebook"]
@@ -145,6 +146,7 @@ def test_score(model, run, capsys):
                           model.reconstruct(images, list(captions), steps=2, seed=seeds)[1]}.items():
         assert rows[name]["PSNR"] == pytest.approx(score.psnr(rebuilt, images).mean().item(), abs=1e-3)
     assert rows["rebuilt by B and A"]["PSNR"] != rows["same, B told captions"]["PSNR"]
+    assert "4 images per row:\n\n```\n" + "\n".join(table[:7]) in (run / "report.md").read_text("utf-8")
 
 
 def test_score_of_another_data_set_without_clip(run, tmp_path, monkeypatch, capsys):
@@ -154,7 +156,7 @@ def test_score_of_another_data_set_without_clip(run, tmp_path, monkeypatch, caps
             return np.random.default_rng(i).integers(256, size=(64, 64, 3), dtype=np.uint8), f"photo {i}"
 
     for path in run.iterdir():
-        if path.name not in ("clip.pt", "options.json", "score.json"):
+        if path.name not in ("clip.pt", "options.json", "score.json", "report.md"):
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / "options.json").write_text(json.dumps(dict(data="photos")))
     asked = []
