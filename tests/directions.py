@@ -16,6 +16,7 @@ images beside it. Everything is seeded. The recipe is that of the preset quick, 
 import argparse
 import contextlib
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -34,17 +35,16 @@ from paper import draw, test_set, train_stage, write  # noqa: E402
 from sample import make_chart, make_sheet  # noqa: E402
 from score import check_all, in_batches, psnr  # noqa: E402
 from wuerstchen import (PRESETS, Config, SemanticCompressor, StageB, StageC, TokenStageB, Wuerstchen,  # noqa: E402
-                        add_negatives, generators, normal_noise, random_numbers, replace_tokens, resize, sample_tokens,
-                        time_embedding, token_loss, training_times)
+                        add_negatives, add_noise, generators, normal_noise, random_numbers, replace_tokens, resize,
+                        sample_tokens, time_embedding, token_loss, training_times)
 
 MODEL, OUT = HERE / "tests" / "shapes", HERE / "tests" / "directions"
 COUNT = 256  # test images and captions
 
 
-def start_run(args, name, image_size=64, **changes):
+def start_run(folder, image_size=64, **changes):
     """A new run with the text encoder and Stage A of the model that comes with the code; B's sizes as in the preset
-    quick, but for `changes` -> its folder"""
-    folder = Path(args.run) / name
+    quick, but for `changes` of the Config"""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(MODEL / "tokenizer", folder / "tokenizer")
     config = Config.from_dict(json.loads((MODEL / "config.json").read_text()))
@@ -56,40 +56,44 @@ def start_run(args, name, image_size=64, **changes):
     weights["a"]["scale"] *= image_size / 128  # as train.set_scale has it
     torch.save(weights, folder / "a.pt")
     shutil.copy(MODEL / "text.pt", folder)
-    return folder
 
 
-def judge(model, captions, images):
-    """-> what share of captions is right in images that B rebuilds from the semantic latents alone, and in images
-    drawn; PSNR; a row of each"""
-    seeds, size = list(range(len(captions))), images.shape[1]
-    rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, seeds)
-    drawn = draw(model, captions)
-    return {"rebuilt": check_all(rebuilt, captions)["whole"], "PSNR": round(psnr(rebuilt, images).mean().item(), 2),
-            "drawn": check_all(drawn, captions)["whole"]}, [rebuilt[:8], drawn[:8]]
-
-
-def train_and_judge(args, name, patches=None, **changes):
-    """Stage B with its compressor, then Stage C on it, in a new run, with some classes and functions replaced:
-    patches: {"module.name": what takes its place} -> as `judge`, and the model"""
+def train_and_judge(args, name, patches=None, steps=None, stages="bc", **changes):
+    """Trains Stage B with its compressor and Stage C on it, or B alone, in a new run, with some classes and functions
+    replaced: patches: {"module.name": what takes its place}. A run that has been trained is not trained again.
+    -> what share of captions is right in images that B rebuilds from the semantic latents alone, and in images drawn,
+    and the PSNR; a row of each kind; the model"""
     with contextlib.ExitStack() as stack:
         for target, other in (patches or {}).items():
             stack.enter_context(mock.patch(target, other))
-        folder = start_run(args, name, **changes)
-        train_stage("b", folder, "--steps", str(args.steps))
-        train_stage("c", folder)
-        model, (images, captions) = train.Wuerstchen.load(folder), test_set(COUNT, 64)
-        return *judge(model, captions, images), model
+        folder = Path(args.run) / name
+        if not (folder / f"{stages[-1]}.pt").exists():
+            start_run(folder, **changes)
+            train_stage("b", folder, "--steps", str(steps or args.steps))
+            if "c" in stages:
+                train_stage("c", folder)
+        model, (images, captions) = train.Wuerstchen.load(folder, ("text", "a", *stages)), test_set(COUNT, 64)
+        seeds = list(range(COUNT))
+        rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, seeds)
+        results, rows = {"rebuilt": check_all(rebuilt, captions)["whole"],
+                         "PSNR": round(psnr(rebuilt, images).mean().item(), 2)}, [rebuilt[:8]]
+        if "c" in stages:
+            drawn = draw(model, captions)
+            results["drawn"] = check_all(drawn, captions)["whole"]
+            rows.append(drawn[:8])
+    return results, rows, model
 
 
 def compare(args, name, tries):
-    """tries: {what: arguments of `train_and_judge`}. Writes the results, and a sheet: test images, then per try a row
-    that is rebuilt and a row that is drawn"""
+    """tries: {what: arguments of `train_and_judge`}; without any, it is version 2, which several commands share. Writes
+    the results, and a sheet: test images, then per try a row that is rebuilt and one that is drawn. -> the last model"""
     (images, captions), results, rows = test_set(8, 64), {}, []
-    for i, (what, options) in enumerate(tries.items()):
-        results[what], pair, _ = train_and_judge(args, f"{name}_{i}", **options)
-        rows += pair
+    for what, options in tries.items():
+        folder = f"{name}_{len(results)}" if options else "v2"
+        results[what], some, model = train_and_judge(args, folder, **options)
+        rows += some
     write(OUT / name, results, make_sheet([images, *rows], captions))
+    return results, model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,6 +134,70 @@ def positions(args):
         "in the ResBlocks": {},
         "by attention": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageB}),
         "by attention, with places": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageBWithPlaces})})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Version 1's Stage B.
+
+
+class EmbedWithPlaces(nn.Linear):
+    """Stage B's first Linear, which also adds to each place of the U-Net's input a learned vector."""
+
+    def __init__(self, config):
+        cfg, side = config.b, config.image_size // 4 // config.b.patch
+        super().__init__(cfg.token_width * cfg.patch**2, cfg.channels[0])
+        self.places = nn.Parameter(torch.randn(side, side, cfg.channels[0]))
+
+    def forward(self, x):
+        return super().forward(x) + self.places
+
+
+class PlacedTokenStageB(TokenStageB):
+    """Attention knows where each cell lies, and where each place that looks at it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.semantic_mapper, self.embed = MapperWithPlaces(config), EmbedWithPlaces(config)
+
+
+class CodebookTokenStageB(PlacedTokenStageB):
+    """A code's embedding, and its row in the last Linear, start as sines of its vector in Stage A's codebook: so codes
+    that look alike are alike from the start."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        codebook = torch.load(MODEL / "a.pt", weights_only=True)["a"]["quantizer.codebook"].float()
+        codebook, width = (codebook - codebook.mean(dim=0)) / codebook.std(dim=0), config.b.token_width
+        waves = (codebook @ torch.randn(codebook.shape[1], width) + 2 * math.pi * torch.rand(width)).sin()
+        self.tokens.weight.data = (2 / len(codebook)) ** 0.5 * waves
+        self.logits.weight.data = self.tokens.weight.data.clone()
+
+
+def late_token_stage_b_loss(*given, loss=train.token_stage_b_loss):
+    """More of the times are near 1, where nearly all codes are random ones and only the semantic latents help."""
+    with mock.patch.object(train, "training_times", lambda n, device: 1 - torch.rand(n, device=device) ** 2):
+        return loss(*given)
+
+
+def noisier_conditions(*given, conditions=train.noisy_conditions):
+    """Besides, half of the semantic latents are noised at a time in [0, 0.3]: those that Stage C draws are not exact."""
+    e, text = conditions(*given)
+    noised = add_noise(e, torch.randn_like(e), 0.3 * torch.rand(len(e)))
+    return torch.where(train.bernoulli_mask(0.5, e) & (e != 0), noised, e), text
+
+
+def tokens(args):
+    """Version 1's Stage B as published, and with one change more from row to row: Stage B alone. Then all of it, by 2500
+    steps of B, which take as long as those of the default run."""
+    b = replace(PRESETS["quick"].b, token_width=128, sees_semantic=(False, False))
+    places = dict(b=replace(b, heads=(4, 4)), stages="b", patches={"wuerstchen.TokenStageB": PlacedTokenStageB})
+    late = places | dict(patches=places["patches"] | {"train.token_stage_b_loss": late_token_stage_b_loss})
+    codebook = late | dict(patches=late["patches"] | {"wuerstchen.TokenStageB": CodebookTokenStageB})
+    noisier = codebook | dict(patches=codebook["patches"] | {"train.noisy_conditions": noisier_conditions})
+    compare(args, "tokens", {
+        "as published": dict(b=b, stages="b"), "with places, and attention at both levels": places,
+        "times near 1": late, "embeddings from the codebook": codebook, "noisier semantic latents": noisier,
+        "all, 2500 steps of B": noisier | dict(steps=2500, stages="bc"), "version 2": {}})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,11 +265,10 @@ def quantized(args):
     other numbers of steps of Stage C too."""
     patches = {"wuerstchen.SemanticCompressor": QuantizedCompressor, "wuerstchen.StageC": TokenStageC,
                "train.stage_c_loss": token_stage_c_loss, "train.Wuerstchen": QuantizedWuerstchen}
-    (images, captions), results, rows = test_set(COUNT, 64), {}, []
-    for what, options in {"16 channels": {}, f"{CHANNELS} channels": dict(semantic_channels=CHANNELS),
-                          f"{CHANNELS} channels, rounded": dict(patches=patches, semantic_channels=CHANNELS)}.items():
-        results[what], pair, model = train_and_judge(args, f"quantized_{len(results)}", **options)
-        rows += pair
+    results, model = compare(args, "quantized", {
+        "16 channels": {}, f"{CHANNELS} channels": dict(semantic_channels=CHANNELS),
+        f"{CHANNELS} channels, rounded": dict(semantic_channels=CHANNELS, patches=patches)})
+    captions = test_set(COUNT, 64)[1]
     with torch.no_grad():
         codes = to_codes(in_batches(model.compress, test_set(2048, 64)[0]))
     results["codes in use"] = len(codes.unique())
@@ -209,7 +276,8 @@ def quantized(args):
         drawn = in_batches(lambda some, seeds: model.generate(some, seed=seeds, steps=(n, None)), captions,
                            list(range(COUNT)))
         results[f"rounded, drawn in {n} steps"] = check_all(drawn, captions)["whole"]
-    write(OUT / "quantized", results, make_sheet([images[:8], *rows], captions[:8]))
+    print(text := json.dumps(results, indent=1))
+    (OUT / "quantized.json").write_text(text + "\n", "utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,8 +306,8 @@ def steps(args):
 
 
 def upsampling(args):
-    """Stage B at 128 px, by a third of the steps as it draws four times as many latents: from the semantic latents of
-    the same image at 128 px, and of the image reduced to 64 px. Rebuilt images are compared with both sizes."""
+    """Stage B at 128 px, from the semantic latents of the same image, and from those of the image reduced to 64 px.
+    Rebuilt images are compared with both sizes."""
     images, captions = test_set(COUNT, 128)
 
     def half(images):
@@ -251,8 +319,9 @@ def upsampling(args):
         with contextlib.ExitStack() as stack:
             for module in (wuerstchen, train):
                 stack.enter_context(mock.patch.object(module, "rescaled", lambda x, scale: rescale(see(x), scale)))
-            folder = start_run(args, f"upsampling_{what[:-3]}", 128, b=PRESETS["tiny"].b)
-            train_stage("b", folder, "--steps", str(args.steps))
+            if not ((folder := Path(args.run) / f"upsampling_{what[:-3]}") / "b.pt").exists():
+                start_run(folder, 128, b=PRESETS["tiny"].b)
+                train_stage("b", folder, "--steps", str(args.steps))
             model = Wuerstchen.load(folder, ("text", "a", "b"))
             rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, list(range(COUNT)))
         rows.append(rebuilt[:8])
@@ -276,7 +345,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=directions)
     parser.add_argument("--run", default="runs/directions", help="folder for the runs (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of Stage B (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="of Stage B (default: %(default)s)")
     args = parser.parse_args(argv)
     directions[args.direction](args)
 

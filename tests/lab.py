@@ -1,10 +1,11 @@
 """
 A lab: exercises in which you write the core of Würstchen yourself, and tests that grade them.
 
-    python tests/lab.py                          lists the exercises, and four experiments with the trained run
+    python tests/lab.py                          lists the exercises, and seven experiments with the trained run
     python tests/lab.py start 3 8 10 --to DIR    copies the project to DIR, without the code of these exercises ("all")
     python tests/lab.py check [3 8]              in the copy: says what is right, what is wrong, and often why
     python tests/lab.py solution 3               prints the reference
+    python tests/lab.py finale                   in the copy: trains Stage C with your noise, loss and sampler
 
 Each exercise is one to three functions, cut out below their docstrings. `check` calls yours with the inputs of a probe
 and compares the results with the reference's. If they are those of a known wrong answer, it prints the hint for it. It
@@ -25,6 +26,7 @@ import shutil
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import types
 from dataclasses import dataclass
@@ -884,7 +886,8 @@ def stage_b(m):
 
 
 EXPERIMENTS = """
-Four experiments with the trained run in tests/shapes, and what to expect:
+Seven experiments with the trained run in tests/shapes, and what to expect. The last three ask about pictures of
+python tests/tour.py "a small blue square to the right of a big red circle", which writes tour/index.html.
 
 guidance    python tests/score.py --run tests/shapes --sweep --count 64
             The first table, whole captions right: none at 0, where Stage C draws as for the null caption; 89 % at 1,
@@ -901,6 +904,15 @@ B and C     python sample.py "a red star above a blue square" --out star.png
 null        python sample.py "a red star" --cfg 0 --count 12
             Stage C draws as for the null caption: one or two objects of any shape. Stage B still reads the caption:
             half of the images have something red.
+cells       Picture 3: a cell in the middle of an edge is replaced by that of another image. What does one cell decide?
+            The colour of the object there, and half of its shape: the object reaches into other cells, which still
+            know the old outline. The object at the other end of the image does not change.
+words       Picture 6: which words does Stage C's right cell read, to hold a blue square? Neither "blue" nor "square", but
+            the "of a" after them, and the left cell reads the end token. The text encoder is causal: at "square" it
+            does not know yet that the square is to be on the right. Stage B reads "square" and "circle" themselves:
+            the semantic latents have told it where they are.
+noise       Picture 4: at which time does noise in the semantic latents turn the image into another? Between 0.75 and 1.
+            So the first quarter of Stage C's steps decides what is drawn, and the loss gives those times most weight.
 """
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -940,9 +952,33 @@ def check(numbers):
     return len(right) == len(numbers)
 
 
+def finale():
+    """Trains Stage C for a few minutes, on the compressor and Stage B that come with the code, with the working copy's
+    noise, loss and sampler in place of the reference's; draws with it, and prints a line for the class's board."""
+    import score
+    import train
+    for task in EXERCISES:
+        if task.probe in (noising, p2, steps, sampling):
+            module = students(task)
+            for place, name in itertools.product((wuerstchen, train, sample), task.names):
+                if hasattr(place, name):
+                    setattr(place, name, getattr(module, name))
+    folder, (_, captions) = HERE / "runs" / "finale", train.examples(train.Shapes(split="test"), 96)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(HERE / "tests" / "shapes", folder, ignore=shutil.ignore_patterns("c.pt"))
+    begun = time.time()
+    train.main(["c", "--run", str(folder), "--steps", "300", "--cache", "4096"])
+    minutes, model = (time.time() - begun) / 60, wuerstchen.Wuerstchen.load(folder)
+    drawn = torch.cat([model.generate(captions[i:i + 16], seed=[*range(i, i + 16)]) for i in range(0, 96, 16)])
+    trained = wuerstchen.Wuerstchen.load(HERE / "tests" / "shapes").generate(captions[:8], seed=[*range(8)])
+    sample.make_sheet([drawn[:8], trained], captions[:8]).save("lab_finale.png")
+    print("lab_finale.png: what yours draws, above what the model that comes with the code draws\n"
+          f"{score.check_all(drawn, captions)['whole']:.0%} of 96 whole captions right after {minutes:.1f} minutes")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution"))
+    parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution", "finale"))
     parser.add_argument("numbers", nargs="*", help="of exercises, or all; check: those of the copy if not given")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the working copy goes: a new folder")
     args = parser.parse_intermixed_args(argv)
@@ -965,6 +1001,8 @@ def main(argv=None):
         start(chosen, args.to)
     elif args.command == "check":
         sys.exit(not check(chosen))
+    elif args.command == "finale":
+        finale()
     else:
         for task in (EXERCISES[number - 1] for number in chosen):
             source = (REFERENCE / task.file).read_text("utf-8")
