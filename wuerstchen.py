@@ -199,9 +199,9 @@ PRESETS["quick"] = replace(
 # 20 and 12, the deviation of C's semantic latents is a seventh too small, and B leaves a grid of dots in clear skies.
 PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), steps=(60, 24))
 
-# "tiny" with 4x4 cells, for photos with captions in people's own words. Not trained yet.
+# "tiny" with 4x4 cells, for photos with captions in people's own words. Not trained on COCO yet (see README).
 PRESETS["photos"] = replace(
-    PRESETS["tiny"], rescale=1.0, guidance=(3.5, 5.0), steps=(60, 24),
+    PRESETS["tiny"], rescale=1.0, guidance=(3.5, 2.0), steps=(60, 24),
     text_c=replace(PRESETS["tiny"].text_c, vocab_size=4096, length=40),
     text_b=replace(PRESETS["tiny"].text_b, vocab_size=4096, length=40))
 
