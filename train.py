@@ -569,7 +569,7 @@ def stage_c_loss(c, semantic, text, null_text):
 
 
 def by_time(losses, t):
-    """For the log: the mean loss of the images whose time is in each quarter of [0, 1]; NaN if there are none."""
+    """For the log: the batch's mean loss in each quarter of the time range; NaN for a quarter with no images."""
     quarter = (4 * t).long().clamp(max=3)
     return {f"loss_{25 * i}": torch.where(quarter == i, losses.detach(), math.nan).nanmean() for i in range(4)}
 
@@ -675,8 +675,9 @@ def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_sca
 
     batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
     and a dictionary of numbers to log (a "loss" among them is logged in its place);
-    preview(average, images, captions) -> rows of images for a sheet; held_out: batches of test data, of which the
-    average's mean loss is logged, with the same noise each time; lr_scale: see `make_optimizers`."""
+    preview(average, images, captions) -> rows of images for a sheet; held_out: batches of test data; the
+    average's mean loss on them is logged, always with the same noise and as at step 0;
+    lr_scale: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
     network.train()
@@ -780,10 +781,11 @@ class Run:
         return computing(self.device.type, self.precision, plain_attention(self.device.type, self.precision))
 
     def log(self, **numbers):
-        """Adds a line to metrics.jsonl, without what is NaN because no image of the batch counts in it."""
+        """Adds a line to metrics.jsonl. NaN is left out, but for the losses of all images."""
         numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
+        numbers = {key: x for key, x in numbers.items() if x == x or key in ("loss", "held_out")}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({key: x for key, x in numbers.items() if x == x or key == "loss"}) + "\n")
+            file.write(json.dumps(numbers) + "\n")
 
     def load(self, numbers, size):
         """Batches number `numbers` of the training images: (size, H, W, 3) in [0, 1], and the captions of each image,
@@ -850,8 +852,8 @@ class Run:
         return arrays | {"captions": read_json(complete)}
 
     def held_out(self, stage, compute=None):
-        """64 test images in batches of the stage's size, at most: as `batches` yields them or, with compute, as
-        `cached_batches` does"""
+        """Batches of test data, of the stage's batch size and at most 64, until they have 64 images: as `batches`
+        yields them or, with compute, as `cached_batches` does"""
         size, found = min(64, self.recipe(stage).batch), []
         for start in range(0, 64, size):
             images, captions = examples(self.test_data, size, start)
@@ -1084,17 +1086,17 @@ def train_c(run):
 
 
 def draw_curves(folder):
-    """Writes the losses of all stages to curves.png, each point the mean over about a fiftieth of the steps."""
+    """Writes the losses of all stages to curves.png, in at most 50 points, each a mean over some of the lines."""
     curves = {}
     for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
         if not isinstance(line, dict):
             continue
         for label, loss in ((line["stage"], line["loss"]), (line["stage"] + ", held out", line.get("held_out"))):
             curve = curves.setdefault(label, [])
-            while curve and curve[-1][0] >= line["step"]:  # done again
+            while curve and curve[-1][0] >= line["step"]:  # resumed or trained again: drop the old points
                 curve.pop()
-            if loss is not None:
-                curve.append((line["step"], max(1e-6, loss)))  # not NaN
+            if loss is not None and math.isfinite(loss):
+                curve.append((line["step"], max(1e-6, loss)))
     make_chart({label: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
                 for label, curve in curves.items() if curve}, "step", "loss", log=True).save(folder / "curves.png")
 
@@ -1110,21 +1112,20 @@ def peak_memory(device):
 
 
 def report(run, stage, seconds, machine):
-    """Adds a finished stage to report.md, by which runs are compared."""
-    path, sheet = run.folder / "report.md", max(run.folder.glob(f"sheets/{stage}_*.png"), default=None)
-    lines = [parse_json(line) or {} for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line.get("stage") == stage][-1]
+    """Adds a finished stage to report.md, a table for comparing runs."""
+    last = parse_json((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    path, sheet = run.folder / "report.md", f"sheets/{stage}_{last['step']:06d}.png"
     row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
-           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last['held_out']:.4f}",
-           f"[sheet]({sheet.relative_to(run.folder).as_posix()})" if sheet else "")
-    with open(path, "a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            file.write(f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
-                       f"{run.args.preset}, data {run.args.data}, {run.model.config.image_size} px.\n\n"
-                       f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n\n| stage "
-                       "| minutes since it was last begun | steps | batch | images/s | peak memory so far, GB | loss | "
-                       "held-out loss | test images |\n" + "| --- " * len(row) + "|\n")
-        file.write("| " + " | ".join(map(str, row)) + " |\n")
+           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('held_out', math.nan):.4f}",
+           f"[sheet]({sheet})" if (run.folder / sheet).exists() else "")
+    text = read_text(path) if path.exists() else (
+        f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
+        f"{run.args.preset}, data {run.args.data}, {run.model.config.image_size} px.\n\n"
+        f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n")
+    if not text.endswith("|\n"):  # a new table: also where scores follow the last one
+        text += ("\n| stage | minutes (since the last resume) | steps | batch | images/s | peak memory so far, GB "
+                 "| loss | held-out loss | test images |\n" + "| --- " * len(row) + "|\n")
+    save_atomically(path, text + "| " + " | ".join(map(str, row)) + " |\n")
 
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}

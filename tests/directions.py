@@ -1,6 +1,6 @@
 """
-What the authors leave for later work, each tried once in miniature: Shapes at 64 px, on the text encoder and Stage A of
-the model that comes with the code.
+Variations on the paper, mostly what its authors leave for later work, each tried once in miniature: Shapes at 64 px, on
+the text encoder and Stage A of the model that comes with the code.
 
     python tests/directions.py tokens        version 1's Stage B: as published, and what makes it read the cells
     python tests/directions.py positions     version 2's Stage B, seeing the semantic latents by attention alone
@@ -10,7 +10,8 @@ the model that comes with the code.
     python tests/directions.py text          Stage B trained without captions
 
 Each takes at most half an hour on two CPU cores and writes tests/directions/NAME.json, with a chart or a sheet of
-images beside it. Everything is seeded. The recipe is that of the preset quick, with --steps for Stage B.
+images beside it. Everything is seeded. The recipe is that of the preset quick, with --steps for Stage B. Runs stay in
+--run, and are not trained again: give another folder if you change something.
 """
 
 import argparse
@@ -42,58 +43,61 @@ MODEL, OUT = HERE / "tests" / "shapes", HERE / "tests" / "directions"
 COUNT = 256  # test images and captions
 
 
-def start_run(folder, image_size=64, **changes):
+def start_run(folder, image_size, **changes):
     """A new run with the text encoder and Stage A of the model that comes with the code; B's sizes as in the preset
     quick, but for `changes` of the Config"""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(MODEL / "tokenizer", folder / "tokenizer")
     config = Config.from_dict(json.loads((MODEL / "config.json").read_text()))
     config = replace(config, image_size=image_size, rescale=96 / image_size, b=PRESETS["quick"].b)
-    (folder / "config.json").write_text(json.dumps(asdict(replace(config, **changes))))
+    config = replace(config, **changes)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
     options = json.loads((MODEL / "options.json").read_text())
     (folder / "options.json").write_text(json.dumps(options | dict(image_size=image_size, preset="quick")))
     weights = torch.load(MODEL / "a.pt", weights_only=True)
     weights["a"]["scale"] *= image_size / 128  # as train.set_scale has it
     torch.save(weights, folder / "a.pt")
-    shutil.copy(MODEL / "text.pt", folder)
+    weights = torch.load(MODEL / "text.pt", weights_only=True)
+    trained = {name: x for name, x in weights["compressor"].items() if name.startswith("backbone")}
+    weights["compressor"] = SemanticCompressor(config).state_dict() | trained  # its ends depend on semantic_channels
+    torch.save(weights, folder / "text.pt")
 
 
-def train_and_judge(args, name, patches=None, steps=None, stages="bc", **changes):
+def train_and_judge(args, name, patches=None, steps=None, stages="bc", image_size=64, **changes):
     """Trains Stage B with its compressor and Stage C on it, or B alone, in a new run, with some classes and functions
-    replaced: patches: {"module.name": what takes its place}. A run that has been trained is not trained again.
-    -> what share of captions is right in images that B rebuilds from the semantic latents alone, and in images drawn,
-    and the PSNR; a row of each kind; the model"""
+    replaced: patches: {"module.name": what takes its place}. -> the share of whole captions right in images that B
+    rebuilds from the semantic latents alone ("rebuilt"), and in images drawn; the PSNR of the rebuilt ones; all of
+    these images; the model"""
     with contextlib.ExitStack() as stack:
         for target, other in (patches or {}).items():
             stack.enter_context(mock.patch(target, other))
         folder = Path(args.run) / name
         if not (folder / f"{stages[-1]}.pt").exists():
-            start_run(folder, **changes)
+            start_run(folder, image_size, **changes)
             train_stage("b", folder, "--steps", str(steps or args.steps))
             if "c" in stages:
                 train_stage("c", folder)
-        model, (images, captions) = train.Wuerstchen.load(folder, ("text", "a", *stages)), test_set(COUNT, 64)
+        model, (images, captions) = train.Wuerstchen.load(folder, ("text", "a", *stages)), test_set(COUNT, image_size)
         seeds = list(range(COUNT))
         rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, seeds)
         results, rows = {"rebuilt": check_all(rebuilt, captions)["whole"],
-                         "PSNR": round(psnr(rebuilt, images).mean().item(), 2)}, [rebuilt[:8]]
+                         "PSNR": round(psnr(rebuilt, images).mean().item(), 2)}, [rebuilt]
         if "c" in stages:
-            drawn = draw(model, captions)
-            results["drawn"] = check_all(drawn, captions)["whole"]
-            rows.append(drawn[:8])
+            rows.append(draw(model, captions))
+            results["drawn"] = check_all(rows[1], captions)["whole"]
     return results, rows, model
 
 
 def compare(args, name, tries):
-    """tries: {what: arguments of `train_and_judge`}; without any, it is version 2, which several commands share. Writes
-    the results, and a sheet: test images, then per try a row that is rebuilt and one that is drawn. -> the last model"""
-    (images, captions), results, rows = test_set(8, 64), {}, []
+    """tries: {what: arguments of `train_and_judge`}; no arguments mean version 2, which is trained once for all
+    commands. -> results, and a sheet: test images, then a row of each kind for each try; the models"""
+    (images, captions), results, rows, models = test_set(8, 64), {}, [], []
     for what, options in tries.items():
         folder = f"{name}_{len(results)}" if options else "v2"
-        results[what], some, model = train_and_judge(args, folder, **options)
-        rows += some
-    write(OUT / name, results, make_sheet([images, *rows], captions))
-    return results, model
+        results[what], found, model = train_and_judge(args, folder, **options)
+        rows += [row[:8] for row in found]
+        models.append(model)
+    return results, make_sheet([images, *rows], captions), models
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ class MapperWithPlaces(nn.Linear):
     def __init__(self, config):
         super().__init__(config.semantic_channels, config.b.cond_width)
         self.places = nn.Parameter(torch.randn(config.cells, config.cells, config.b.cond_width))
-        nn.init.normal_(self.weight, std=config.semantic_channels**-0.5)  # as loud as the places; a LayerNorm follows
+        nn.init.normal_(self.weight, std=config.semantic_channels**-0.5)  # the variance of the places
 
     def forward(self, semantic):
         return super().forward(semantic) + self.places
@@ -130,10 +134,10 @@ class AttentionStageBWithPlaces(AttentionStageB):
 
 def positions(args):
     blind = replace(PRESETS["quick"].b, sees_semantic=(False, False))
-    compare(args, "positions", {
+    write(OUT / "positions", *compare(args, "positions", {
         "in the ResBlocks": {},
         "by attention": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageB}),
-        "by attention, with places": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageBWithPlaces})})
+        "by attention, with places": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageBWithPlaces})})[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,8 +165,8 @@ class PlacedTokenStageB(TokenStageB):
 
 
 class CodebookTokenStageB(PlacedTokenStageB):
-    """A code's embedding, and its row in the last Linear, start as sines of its vector in Stage A's codebook: so codes
-    that look alike are alike from the start."""
+    """A code's embedding, and its row in the last Linear, start as random Fourier features of its vector in Stage A's
+    codebook: codes that look alike have similar embeddings from the start."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -180,24 +184,24 @@ def late_token_stage_b_loss(*given, loss=train.token_stage_b_loss):
 
 
 def noisier_conditions(*given, conditions=train.noisy_conditions):
-    """Besides, half of the semantic latents are noised at a time in [0, 0.3]: those that Stage C draws are not exact."""
+    """Half of the semantic latents are noised once more, at a time in [0, 0.3]: Stage C's will not be exact."""
     e, text = conditions(*given)
     noised = add_noise(e, torch.randn_like(e), 0.3 * torch.rand(len(e)))
     return torch.where(train.bernoulli_mask(0.5, e) & (e != 0), noised, e), text
 
 
 def tokens(args):
-    """Version 1's Stage B as published, and with one change more from row to row: Stage B alone. Then all of it, by 2500
-    steps of B, which take as long as those of the default run."""
+    """Version 1's Stage B as published, and with more and more changes: Stage B alone. Then with all of them, by 2500
+    steps of B, which take as long as B's in the default run, and with Stage C."""
     b = replace(PRESETS["quick"].b, token_width=128, sees_semantic=(False, False))
     places = dict(b=replace(b, heads=(4, 4)), stages="b", patches={"wuerstchen.TokenStageB": PlacedTokenStageB})
     late = places | dict(patches=places["patches"] | {"train.token_stage_b_loss": late_token_stage_b_loss})
     codebook = late | dict(patches=late["patches"] | {"wuerstchen.TokenStageB": CodebookTokenStageB})
     noisier = codebook | dict(patches=codebook["patches"] | {"train.noisy_conditions": noisier_conditions})
-    compare(args, "tokens", {
+    write(OUT / "tokens", *compare(args, "tokens", {
         "as published": dict(b=b, stages="b"), "with places, and attention at both levels": places,
         "times near 1": late, "embeddings from the codebook": codebook, "noisier semantic latents": noisier,
-        "all, 2500 steps of B": noisier | dict(steps=2500, stages="bc"), "version 2": {}})
+        "all, 2500 steps of B": noisier | dict(steps=2500, stages="bc"), "version 2": {}})[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,12 +256,13 @@ def token_stage_c_loss(c, semantic, text, null_text):
 
 
 class QuantizedWuerstchen(Wuerstchen):
+    @torch.no_grad()
     def sample_c(self, x, times, prompts, negative="", guidance=None, generator=None):
-        """As in Wuerstchen, but of `x` only the shape counts."""
+        """As in Wuerstchen, but always with the config's guidance. Of `x` only the shape counts."""
         start = (random_numbers(torch.rand, x.shape[:3], generator, x.device) * LEVELS**CHANNELS).long()
-        guidance = self.config.guidance[0] if guidance is None else guidance
         conditions = self.c.encode_conditions(self.encode_text(add_negatives(prompts, negative), "c"))
-        return from_codes(sample_tokens(self.c.predict_logits, start, times, conditions, guidance, generator))
+        return from_codes(sample_tokens(self.c.predict_logits, start, times, conditions, self.config.guidance[0],
+                                        generator))
 
 
 def quantized(args):
@@ -265,7 +270,7 @@ def quantized(args):
     other numbers of steps of Stage C too."""
     patches = {"wuerstchen.SemanticCompressor": QuantizedCompressor, "wuerstchen.StageC": TokenStageC,
                "train.stage_c_loss": token_stage_c_loss, "train.Wuerstchen": QuantizedWuerstchen}
-    results, model = compare(args, "quantized", {
+    results, sheet, (*_, model) = compare(args, "quantized", {
         "16 channels": {}, f"{CHANNELS} channels": dict(semantic_channels=CHANNELS),
         f"{CHANNELS} channels, rounded": dict(semantic_channels=CHANNELS, patches=patches)})
     captions = test_set(COUNT, 64)[1]
@@ -276,8 +281,7 @@ def quantized(args):
         drawn = in_batches(lambda some, seeds: model.generate(some, seed=seeds, steps=(n, None)), captions,
                            list(range(COUNT)))
         results[f"rounded, drawn in {n} steps"] = check_all(drawn, captions)["whole"]
-    print(text := json.dumps(results, indent=1))
-    (OUT / "quantized.json").write_text(text + "\n", "utf-8")
+    write(OUT / "quantized", results, sheet)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,14 +296,13 @@ def steps(args):
     compressed, noise = in_batches(model.compress, images), generators(seeds, COUNT)
     drawn = model.sample_c(normal_noise(compressed.shape, noise, "cpu"), model.times(None, "c"), captions,
                            generator=noise)
-    curves, rows = {}, []
+    curves = {}
     for sampler in ("ddpm", "ddim"):
         for name, semantic, texts in (("rebuilt", compressed, [""] * COUNT), ("drawn", drawn, captions)):
             for n in (1, 2, 4, 8, 12):
                 out = in_batches(lambda e, some, seeds: model.from_semantic(
                     e, some, steps=n, sampler=sampler, generator=generators(seeds, len(seeds))), semantic, texts, seeds)
                 curves.setdefault(f"{name}, {sampler}", []).append((n, 100 * check_all(out, captions)["whole"]))
-                rows += [out[:8]] if name == "rebuilt" else []
     write(OUT / "steps", {"whole captions, % (steps of B: 1, 2, 4, 8, 12)": {
         name: [round(y, 1) for _, y in curve] for name, curve in curves.items()}},
         make_chart(curves, "steps of B", "whole captions right, %"))
@@ -308,36 +311,34 @@ def steps(args):
 def upsampling(args):
     """Stage B at 128 px, from the semantic latents of the same image, and from those of the image reduced to 64 px.
     Rebuilt images are compared with both sizes."""
-    images, captions = test_set(COUNT, 128)
+    def reduced(images, scale, rescaled=wuerstchen.rescaled):
+        return rescaled(resize(resize(images, 64, 64), 128, 128), scale)
 
-    def half(images):
-        return resize(resize(images, 64, 64), 128, 128)
-
-    results, rows = {}, [images[:8]]
-    for what, see in (("128 px", lambda images: images), ("64 px", half)):
-        rescale = wuerstchen.rescaled
-        with contextlib.ExitStack() as stack:
-            for module in (wuerstchen, train):
-                stack.enter_context(mock.patch.object(module, "rescaled", lambda x, scale: rescale(see(x), scale)))
-            if not ((folder := Path(args.run) / f"upsampling_{what[:-3]}") / "b.pt").exists():
-                start_run(folder, 128, b=PRESETS["tiny"].b)
-                train_stage("b", folder, "--steps", str(args.steps))
-            model = Wuerstchen.load(folder, ("text", "a", "b"))
-            rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, list(range(COUNT)))
-        rows.append(rebuilt[:8])
-        results[f"semantic latents of {what}"] = {
-            "rebuilt": check_all(rebuilt, captions)["whole"], "PSNR": psnr(rebuilt, images).mean().item(),
-            "PSNR, both reduced to 64 px": psnr(resize(rebuilt, 64, 64), resize(images, 64, 64)).mean().item()}
-    write(OUT / "upsampling", results, make_sheet(rows, captions[:8]))
+    (images, captions), results = test_set(COUNT, 128), {}
+    sheet, size = [images[:8]], dict(image_size=128, stages="b", b=PRESETS["tiny"].b)
+    for what, patches in (("128 px", {}), ("64 px", {"wuerstchen.rescaled": reduced, "train.rescaled": reduced})):
+        found, (rebuilt,), _ = train_and_judge(args, f"upsampling_{len(results)}", patches, **size)
+        sheet.append(rebuilt[:8])
+        results[f"semantic latents of {what}"] = found | {"PSNR, both reduced to 64 px": round(
+            psnr(resize(rebuilt, 64, 64), resize(images, 64, 64)).mean().item(), 2)}
+    write(OUT / "upsampling", results, make_sheet(sheet, captions[:8]))
 
 
 def text(args):
     """Stage B trained with captions, as always, and without any."""
-    def without(compressor, small, text, null_text):
-        return noisy_conditions(compressor, small, null_text.expand_as(text), null_text)
+    def without(compressor, small, text, null_text, conditions=train.noisy_conditions):
+        return conditions(compressor, small, null_text.expand_as(text), null_text)
 
-    noisy_conditions = train.noisy_conditions
-    compare(args, "text", {"with captions": {}, "without captions": dict(patches={"train.noisy_conditions": without})})
+    results, sheet, models = compare(args, "text", {
+        "with captions": {}, "without captions": dict(patches={"train.noisy_conditions": without})})
+    captions, seeds = test_set(COUNT, 64)[1], list(range(COUNT))
+    for found, model in zip(results.values(), models):
+        noise = normal_noise((COUNT, 3, 3, 16), generators(seeds, COUNT), "cpu")
+        drawn = in_batches(
+            lambda e, seeds: model.from_semantic(e, [""] * len(e), generator=generators(seeds, len(e))),
+            model.sample_c(noise, model.times(None, "c"), captions), seeds)
+        found["drawn, B without captions"] = check_all(drawn, captions)["whole"]
+    write(OUT / "text", results, sheet)
 
 
 def main(argv=None):

@@ -891,10 +891,10 @@ python tests/tour.py "a small blue square to the right of a big red circle", whi
 
 guidance    python tests/score.py --run tests/shapes --sweep --count 64
             The first table, whole captions right: none at 0, where Stage C draws as for the null caption; 89 % at 1,
-            95 to 97 % from 2 to 8; 58 % at 16, which goes too far. Shapes' captions say so plainly what to draw that
-            guidance can add little.
-steps       The second table of the same command: 28 % with one step of Stage C, 92 to 98 % from two on. It draws only
-            144 numbers.
+            95 to 97 % from 2 to 8; 58 % at 16, which goes too far. Shapes' captions describe the image so completely
+            that guidance can add little.
+steps       The second table of the same command: 28 % with one step of Stage C, 92 to 98 % from two on. Stage C
+            draws only 144 numbers.
 B and C     python sample.py "a red star above a blue square" --out star.png
             python sample.py --vary star.png --count 6 --out vary.png
             python sample.py --vary star.png "a green circle" --count 6 --out told.png
@@ -904,15 +904,16 @@ B and C     python sample.py "a red star above a blue square" --out star.png
 null        python sample.py "a red star" --cfg 0 --count 12
             Stage C draws as for the null caption: one or two objects of any shape. Stage B still reads the caption:
             half of the images have something red.
-cells       Picture 3: a cell in the middle of an edge is replaced by that of another image. What does one cell decide?
-            The colour of the object there, and half of its shape: the object reaches into other cells, which still
-            know the old outline. The object at the other end of the image does not change.
-words       Picture 6: which words does Stage C's right cell read, to hold a blue square? Neither "blue" nor "square", but
-            the "of a" after them, and the left cell reads the end token. The text encoder is causal: at "square" it
-            does not know yet that the square is to be on the right. Stage B reads "square" and "circle" themselves:
-            the semantic latents have told it where they are.
-noise       Picture 4: at which time does noise in the semantic latents turn the image into another? Between 0.75 and 1.
-            So the first quarter of Stage C's steps decides what is drawn, and the loss gives those times most weight.
+cells       tour/3_semantic_2.png: a cell in the middle of an edge is replaced by that of another image. What does one
+            cell decide? The colour of the object there, and sometimes part of its shape: the object reaches into other
+            cells, which still hold the old outline. The object at the other end of the image does not change.
+words       tour/6_attention_1.png: which words does Stage C's right cell attend to when it places the blue square?
+            Neither "blue" nor "square", but the "of a" after them; the left cell attends to the end token. The text
+            encoder is causal: at "square" it cannot know yet that the square is to be on the right. Stage B attends to
+            "square" and "circle" themselves (6_attention_3.png): the semantic latents have told it where they are.
+noise       tour/4_noise_1.png: at which time does noise in the semantic latents turn the image into another? Between
+            0.75 and 1. This suggests that the first quarter of Stage C's steps decides most of the image; the loss
+            gives those times the most weight.
 """
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -954,24 +955,25 @@ def check(numbers):
 
 def finale():
     """Trains Stage C for a few minutes, on the compressor and Stage B that come with the code, with the working copy's
-    noise, loss and sampler in place of the reference's; draws with it, and prints a line for the class's board."""
+    noise, loss and sampler in place of the reference's; draws with it, and prints its score."""
     import score
     import train
-    for task in EXERCISES:
-        if task.probe in (noising, p2, steps, sampling):
-            module = students(task)
-            for place, name in itertools.product((wuerstchen, train, sample), task.names):
-                if hasattr(place, name):
-                    setattr(place, name, getattr(module, name))
-    folder, (_, captions) = HERE / "runs" / "finale", train.examples(train.Shapes(split="test"), 96)
+    shipped = wuerstchen.Wuerstchen.load(HERE / "tests" / "shapes")
+    _, captions = train.examples(train.Shapes(split="test"), 96)
+    theirs = shipped.generate(captions[:8], seed=[*range(8)])
+    modules = {task: students(task) for task in EXERCISES if task.probe in (noising, p2, steps, sampling)}
+    own = {name: getattr(module, name) for task, module in modules.items() for name in task.names}
+    for place, name in itertools.product((wuerstchen, train, sample, *modules.values()), own):
+        if hasattr(place, name):
+            setattr(place, name, own[name])
+    folder = HERE / "runs" / "finale"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(HERE / "tests" / "shapes", folder, ignore=shutil.ignore_patterns("c.pt"))
     begun = time.time()
     train.main(["c", "--run", str(folder), "--steps", "300", "--cache", "4096"])
     minutes, model = (time.time() - begun) / 60, wuerstchen.Wuerstchen.load(folder)
-    drawn = torch.cat([model.generate(captions[i:i + 16], seed=[*range(i, i + 16)]) for i in range(0, 96, 16)])
-    trained = wuerstchen.Wuerstchen.load(HERE / "tests" / "shapes").generate(captions[:8], seed=[*range(8)])
-    sample.make_sheet([drawn[:8], trained], captions[:8]).save("lab_finale.png")
+    drawn = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(96)])
+    sample.make_sheet([drawn[:8], theirs], captions[:8]).save("lab_finale.png")
     print("lab_finale.png: what yours draws, above what the model that comes with the code draws\n"
           f"{score.check_all(drawn, captions)['whole']:.0%} of 96 whole captions right after {minutes:.1f} minutes")
 

@@ -11,15 +11,24 @@ import train
 from test_networks import CONFIG, init
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One folder, in which version 2 is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize("direction, found", {
     "tokens": "as published", "positions": "by attention, with places", "quantized": "4 channels, rounded",
     "steps": "drawn, ddim", "upsampling": "semantic latents of 64 px", "text": "without captions"}.items())
-def test_direction(direction, found, tmp_path, monkeypatch):
+def test_direction(direction, found, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(directions, "OUT", tmp_path)
     monkeypatch.setattr(directions, "COUNT", 2)
     monkeypatch.setattr(directions, "train_stage", lambda stage, folder, *options: paper.train_stage(
-        stage, folder, *options, "--steps", "2", "--batch-size", "2", "--cache", "8"))
-    directions.main([direction, "--run", str(tmp_path)])
+        stage, folder, *options, "--steps", "1", "--batch-size", "2", "--cache", "8"))
+    fit = train.fit  # without sheets and held-out loss
+    monkeypatch.setattr(train, "fit", lambda run, stage, network, batches, loss_fn, *_, **options: fit(
+        run, stage, network, batches, loss_fn, **options))
+    directions.main([direction, "--run", str(runs)])
     assert found in (tmp_path / f"{direction}.json").read_text("utf-8")
     assert (tmp_path / f"{direction}.png").exists()
 

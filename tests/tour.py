@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent.parent
+MODEL = HERE / "tests" / "shapes"
 sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
@@ -76,14 +77,17 @@ def marked(image, cell, count):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The stations. Each yields figures: a PIL image, two sentences, and the functions that compute it.
+# The stations. Each yields figures: a PIL image, what it shows, and the functions that compute it.
 
 
 class Guide:
     """The model, the caption, two test images, and what the stations ask for again and again."""
 
     def __init__(self, folder, caption):
-        self.folder, self.model, self.caption = Path(folder), w.Wuerstchen.load(folder), caption
+        self.folder, self.model, self.caption = folder, w.Wuerstchen.load(folder), caption
+        if self.model.config.b.token_width:
+            raise w.UserError("the tour shows version 2's Stage B; this run has version 1's")
+        self.known = (folder, caption) == (MODEL, CAPTION)  # of which we can say what the pictures show
         data = train.open_data(argparse.Namespace(**train.read_options(folder)))["test"]
         self.images, self.captions = train.examples(data, 8)
         self.semantic = self.model.compress(self.images)
@@ -108,9 +112,11 @@ def words(guide):
         ("to the left of", "above"), ("square", "cross")) if a in caption)]
     _, mask = guide.model.tokenizer(others)
     ends = guide.model.encode_text(others, "b")[torch.arange(len(others)), mask.sum(dim=1) - 1]
-    yield (table(F.cosine_similarity(ends[:, None], ends[None], dim=-1), others, list("12345678"[:len(others)])),
-           "The cosine between the last vectors of captions that differ in a word or two. The contrastive loss drives "
-           "them apart as far as their images differ: most for another colour, or another place.", w.contrastive_loss)
+    yield (table(F.cosine_similarity(ends[:, None], ends[None], dim=-1),
+                 [f"{i}: {other}" for i, other in enumerate(others, 1)], [*map(str, range(1, len(others) + 1))]),
+           "The cosine between the end tokens' vectors of captions that differ in one thing. Training compared a "
+           "projection of these vectors with images. The lower the number, the more the caption's meaning has changed.",
+           w.CLIP.embed_text, w.contrastive_loss)
 
 
 def stage_a(guide):
@@ -122,17 +128,17 @@ def stage_a(guide):
     shades = torch.rand(len(a.quantizer.codebook), 3, generator=torch.Generator().manual_seed(0))
     yield (make_sheet([torch.cat([images, enlarge(channels, side), enlarge(shades[codes], side)])],
                       ["image", *(f"latent channel {i}" for i in range(len(channels))), "codes"]),
-           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). Their nearest entry in "
-           "the codebook has a code, which gets a random colour here; Stage B uses the numbers themselves.",
+           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). The index of the "
+           "nearest codebook entry is their code, shown as a random colour; Stage B uses the numbers themselves.",
            w.VQGAN.encode, w.Quantizer.forward)
     changed, (y, x) = latents.clone(), (n // 2 for n in latents.shape[1:3])
     changed[0, y, x, 0] += latents[..., 0].std()
     yield (make_sheet([torch.cat([images, rebuilt, 1 - 8 * (rebuilt - images).abs(),
                                   1 - 8 * (a.decode(changed) - a.decode(latents)).abs()])],
-                      ["image", "rebuilt from its codes", "difference, 8 times", "what one latent, changed by a "
-                       "deviation, changes (8 times)"]),
-           "What is lost is at the edges. One latent changes only the pixels around it: Stage A knows details, and "
-           "nothing of the whole.", w.VQGAN.decode)
+                      ["image", "rebuilt from its codes", "difference (x8)",
+                       "effect of shifting one latent by one standard deviation (x8)"]),
+           "Most of what is lost is at the edges. One latent changes only the pixels around it: Stage A encodes local "
+           "detail, and nothing of the whole.", w.VQGAN.decode)
 
 
 def semantic(guide):
@@ -153,16 +159,16 @@ def semantic(guide):
     yield (make_sheet(rows, ["an image", "another", "drawn from the first's cells", "the same, with the framed cell of "
                              "the other"]),
            "Stage B draws an image's semantic latents, without a caption; then the framed cell is replaced by that of "
-           "another image. Only the object at that cell changes: it takes the other's colour, and a shape in between, "
-           "as the cells beside it know its outline too.", w.Wuerstchen.from_semantic)
+           "another image. What changes is near that cell: a cell says what is there, and the cells around it hold "
+           "some of the outline too.", w.Wuerstchen.from_semantic)
     values, rows = (-3, -1.5, 0, 1.5, 3), []
     for channel in range(0, channels, max(1, channels // 4)):
         swept = e[1:2].repeat(len(values), 1, 1, 1)
         swept[..., channel] += torch.tensor(values)[:, None, None] * guide.model.c.latent_std[channel]
         rows.append(guide.by_b(swept))
-    yield (make_sheet(rows, [f"{v} deviations" for v in values]),
-           "One channel, moved in all cells by up to three deviations; each row another channel. None of them has a "
-           "meaning of its own, such as colour or shape: these are spread over all channels.", w.StageC.denormalise)
+    yield (make_sheet(rows, [f"{v} std. dev." for v in values]),
+           "One channel, shifted in all cells by up to three standard deviations; each row another channel. Channels "
+           "seldom have a meaning of their own, such as colour: it is spread over all of them.", w.StageC.denormalise)
 
 
 def noise(guide):
@@ -177,10 +183,11 @@ def noise(guide):
            "image stays sharp, but it becomes another one.", w.add_noise)
     t = torch.linspace(0, 1, 101)
     a = w.alpha_bar(t)
-    curves = {"share of image": a, "C's weight": 1 - a, "B's weight": (1 - a) * 0.4 / (a + 0.02).sqrt()}
+    curves = {"signal left": a, "weight of C's loss": 1 - a, "weight of B's loss": (1 - a) * 0.4 / (a + 0.02).sqrt()}
     yield (make_chart({name: [*zip(t.tolist(), y.tolist())] for name, y in curves.items()}, "t", ""),
-           "How much of the image is left in the noise, and how much the prediction counts in the losses. The weights "
-           "favour strong noise, where it is decided what is in the image.", w.alpha_bar, w.diffusion_loss)
+           "How much of the signal is left at time t, and what weight the error of the predicted noise has in the two "
+           "losses. Stage C trains at all times alike; Stage B mostly between 0.4 and 0.9, so that the end of its "
+           "curve counts in few images.", w.alpha_bar, w.diffusion_loss, train.stage_b_loss)
 
 
 def stage_c(guide):
@@ -193,8 +200,8 @@ def stage_c(guide):
     x, x0 = (torch.cat([seen[i - 1][j] for i in shown]) for j in (0, 1))
     yield (make_sheet([guide.by_b(model.c.denormalise(x0)), enlarge(colours(x[..., 0], 3), guide.images.shape[1])],
                       [f"step {i} of {count}" for i in shown]),
-           "Above: what Stage C believes at some steps, drawn by B: the first belief is a mean of all images that fit, "
-           "the last is one image. Below: the first channel of the noisy latents after the step.",
+           "Above: the clean latents that Stage C predicts at some steps, drawn by B. At first it predicts the mean of "
+           "all that fit the caption, which B still draws as one sharp image. Below: a channel of the noisy latents.",
            w.predict_x0, w.ddpm_step)
 
 
@@ -210,21 +217,23 @@ def attention(guide):
     names, side, length = guide.tokens, guide.semantic.shape[1], model.tokenizer.length
     with mock.patch.object(F, "scaled_dot_product_attention", spy):
         noisy = torch.randn(1, *guide.semantic.shape[1:], generator=torch.Generator().manual_seed(0))
-        e = model.sample_c(noisy, model.times(None, "c"), [guide.caption], guidance=1)
+        e = model.sample_c(noisy, model.times(None, "c"), [guide.caption], guidance=1, generator=w.generators([0], 1))
         per_step = model.config.c.depth
         middle = weights[len(weights) // 2 // per_step * per_step:][:per_step]
         del weights[:]
         x = torch.randn(1, *[model.config.image_size // 4] * 2, 4, generator=torch.Generator().manual_seed(0))
-        latents = model.sample_b(x, model.times(None, "b"), e, [guide.caption], guidance=1)
+        latents = model.sample_b(x, model.times(None, "b"), e, [guide.caption], guidance=1,
+                                 generator=w.generators([0], 1))
     left, right, cells = side // 2 * side, side // 2 * side + side - 1, side * side
     read = [block[0, place, cells:cells + len(names)] for block in middle for place in (left, right)]
     yield (table(torch.stack(read),
                  [f"block {i + 1}, {name} cell" for i in range(per_step) for name in ("left", "right")], names),
-           "How much Stage C's left and right cells attend to each word, in each block, in the middle of sampling (the "
-           "rest goes to the other cells). The two cells ask different words, but often not those that name their "
-           "object: they ask later ones, whose vectors know all that came before. In the model that comes with the "
-           "code, the left cell asks “left of a”, and the right one “square”.", w.AttnBlock)
-    block = weights[len(weights) // 2][0]  # a block in the middle of the U-Net, in the middle of sampling
+           "How much Stage C's left and right cells attend to each word, in each block, in the middle of sampling "
+           "(mean over heads; the rest goes to cells and padding). A token's vector holds all that came before it: the "
+           "word that a cell attends to need not be the one that names its object." + guide.known * (
+               " The left cell attends to “left of a”, the first to know that the red circle is to be on the left."),
+           w.AttnBlock)
+    block = min(weights[len(weights) // 2:], key=lambda x: x.shape[1])[0]  # at the U-Net's lowest level, halfway
     grid = int((block.shape[1] - length) ** 0.5)
     places = [(grid // 2, grid // 4), (grid // 2, grid * 3 // 4)]
     rows = torch.stack([block[y * grid + x] for y, x in places])
@@ -232,12 +241,12 @@ def attention(guide):
     maps = enlarge(maps.view(2, grid, grid, 1).expand(-1, -1, -1, 3), guide.images.shape[1])
     yield (make_sheet([torch.cat([model.a.decode(latents), maps])],
                       ["drawn", "from the middle of the left half", "from the middle of the right half"]),
-           "Where in the image two places of Stage B look (dark: more), in one block in the middle of the U-Net. They "
-           "do not look at their own object, as one might expect, but at some places that serve as a notice board.",
+           "Which places of the image two places of Stage B attend to (dark: more), in one block at the U-Net's lowest "
+           "level." + guide.known * " Not to their own object, as one might expect, but to a few others.",
            w.Attention.attend)
     yield (table(rows[:, grid * grid:][:, :len(names)], ["left", "right"], names),
-           "The same two places' attention to the words. In the model that comes with the code, each asks the word "
-           "that names its own object, although the semantic latents have already told Stage B what to draw.",
+           "The same two places' attention to the words." + guide.known * (
+               " Each attends to the word for its own object, although the semantic latents already say what to draw."),
            w.StageB.encode_conditions)
 
 
@@ -249,7 +258,7 @@ def guidance(guide):
     columns = {"no caption": ("", 1)} | {f"guidance {s}": (guide.caption, s) for s in (1, 2, 4, 8)}
     yield (make_sheet([*torch.stack([generate(*column) for column in columns.values()], dim=1)], [*columns]),
            "Three seeds, a row each. Guidance pushes Stage C's prediction away from what it predicts without a "
-           "caption. Shapes hardly need it; photos do, and all look alike if there is too much of it.", w.guided)
+           "caption. Shapes hardly need it; photos do, but too much of it makes them look alike.", w.guided)
 
 
 def stage_b(guide):
@@ -259,17 +268,19 @@ def stage_b(guide):
     shown = (1, 2, 3, 4, 6, 8, 10, 12)
     yield (make_sheet([model.a.decode(torch.cat([seen[i - 1] for i in shown]) * model.a.scale)],
                       [f"step {i} of 12" for i in shown]),
-           "What Stage B believes at each of its steps, decoded by Stage A. From the first on, everything is in its "
-           "place, as the semantic latents say where; the other steps make it sharp.", w.StageB.predict_eps, w.sample)
-    rows = [guide.by_b(x, captions, seed) for seed in range(2) for x, captions in [(
-        torch.cat([e, e, 0 * e, 0 * e]), [guide.captions[1], "", guide.captions[1], ""])]]
-    yield (make_sheet(rows, ["both", "without the caption", "without the semantic latents", "with neither"]),
-           "Two seeds, a row each. The semantic latents alone decide what is drawn, and the caption adds nothing. With "
-           "the caption alone, which Stage B has seldom seen in training, some of it is drawn.", train.noisy_conditions)
+           "The clean latents that Stage B predicts at some steps, decoded by Stage A. From the first on, everything "
+           "is in its place, as the semantic latents say where; the other steps make it sharp.",
+           w.StageB.predict_eps, w.sample)
+    given, captions = torch.cat([e, e, 0 * e, 0 * e]), [guide.captions[1], "", guide.captions[1], ""]
+    yield (make_sheet([guide.by_b(given, captions, seed) for seed in range(2)],
+                      ["both", "without the caption", "without the semantic latents", "with neither"]),
+           "Two seeds, a row each. The semantic latents settle almost everything; the caption corrects a colour or an "
+           "outline now and then. Alone, as Stage B has seldom seen it in training, it does not suffice.",
+           train.noisy_conditions)
 
 
 def training(guide):
-    """What an untrained and a half-trained model draws"""
+    """What a model draws early, halfway and at the end of its training"""
     for stage, rows in (("b", "by Stage A; by Stage B"), ("c", "by A; by B; drawn by Stages C and B")):
         sheets = sorted((guide.folder / "sheets").glob(f"{stage}_*.png"))
         for path in sorted({*sheets[:1], *sheets[len(sheets) // 2:][:1], *sheets[-1:]}):
@@ -281,7 +292,7 @@ STATIONS = (words, stage_a, semantic, noise, stage_c, attention, guidance, stage
 
 
 def where(function):
-    """-> "wuerstchen.py: StageB.unet (line 801)\""""
+    """-> "FILE: NAME (line N)", where a function is defined"""
     function = inspect.unwrap(function)
     path, line = Path(inspect.getsourcefile(function)), inspect.getsourcelines(function)[1]
     return f"{path.resolve().relative_to(HERE.resolve()).as_posix()}: {function.__qualname__} (line {line})"
@@ -291,21 +302,21 @@ def where(function):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("caption", nargs="?", default=CAPTION)
-    parser.add_argument("--run", default=HERE / "tests" / "shapes")
+    parser.add_argument("--run", type=Path, default=MODEL)
     parser.add_argument("--out", default="tour", help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     guide, out, parts = Guide(args.run, args.caption), Path(args.out), []
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for number, station in enumerate(STATIONS, 1):
         for i, (image, text, *functions) in enumerate(station(guide), 1):
             image.save(out / f"{number}_{station.__name__}_{i}.png")
             image.save(buffer := io.BytesIO(), "PNG")
-            title, data = html.escape(station.__doc__), base64.b64encode(buffer.getvalue()).decode()
+            title, text = html.escape(station.__doc__), html.escape(text)
+            data = base64.b64encode(buffer.getvalue()).decode()
             parts += [f"<h2>{number}. {title}</h2>"] if i == 1 else []
-            parts.append(f'<figure><img alt="{title}" width="{image.width}" src="data:image/png;base64,{data}">'
-                         f'<figcaption>{html.escape(text)}<br><code>{"; ".join(map(where, functions))}</code>'
+            parts.append(f'<figure><img alt="{text}" width="{image.width}" src="data:image/png;base64,{data}">'
+                         f'<figcaption>{text}<br><code>{"; ".join(map(where, functions))}</code>'
                          "</figcaption></figure>")
-        print(f"{number}. {station.__doc__}")
     (out / "index.html").write_text(
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Inside Würstchen</title><style>{STYLE}</style><h1>Inside Würstchen</h1><p>"
