@@ -11,7 +11,6 @@ import argparse
 import base64
 import html
 import inspect
-import io
 import sys
 from pathlib import Path
 from unittest import mock
@@ -21,18 +20,19 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent.parent
-MODEL = HERE / "tests" / "shapes"
 sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
 import wuerstchen as w  # noqa: E402
-from sample import make_chart, make_sheet, to_pil, to_tensor  # noqa: E402
+from sample import make_chart, make_sheet, run_script, to_pil, to_tensor  # noqa: E402
 
+MODEL = HERE / "tests" / "shapes"
 CAPTION = "a big red circle to the left of a small blue square"
-STYLE = """body { font: 17px/1.5 Georgia, serif; max-width: 880px; margin: auto; padding: 0 12px; color: #222 }
-h2 { margin-top: 2.2em } code { font-size: 14px } figure { margin: 1em 0; overflow-x: auto }
-img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: 15px; color: #555 }
-@media (max-width: 600px) { img { max-width: 170% } }"""
+HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Inside Würstchen</title><style>
+body { font: 17px/1.5 Georgia, serif; max-width: 880px; margin: auto; padding: 0 12px; color: #222 }
+h2 { margin-top: 2.2em } code { font-size: 14px } figure { margin: 1em 0 }
+img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: 15px; color: #555 }</style>"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,8 +40,7 @@ img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: 15px
 
 
 def colours(x, limit=None):
-    """Numbers -> red where they are positive, blue where they are negative, white at 0; (...) -> (..., 3) in [0, 1].
-    limit: the number that gets the full colour (None: the largest)"""
+    """Numbers (...) -> (..., 3) in [0, 1]: red if positive, blue if negative; full colour at `limit` or the largest"""
     x = (x.float() / (limit or x.abs().max().clamp(min=1e-9))).clamp(-1, 1)[..., None]
     red, blue = torch.tensor([0.75, 0.1, 0.1]), torch.tensor([0.1, 0.25, 0.75])
     return 1 - x.abs() * (1 - torch.where(x > 0, red, blue))
@@ -53,7 +52,7 @@ def enlarge(images, side):
 
 
 def table(values, rows, columns, digits=2):
-    """A PIL image of a matrix, each number on its colour. values (len(rows), len(columns))"""
+    """A PIL image of a matrix (len(rows), len(columns)), each number on its colour"""
     width, height, left, top = 48, 22, 8 + 6 * max(map(len, rows)), 18
     image = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), "white")
     pen, shades = ImageDraw.Draw(image), to_pil(colours(values))
@@ -81,7 +80,7 @@ def marked(image, cell, count):
 
 
 class Guide:
-    """The model, the caption, two test images, and what the stations ask for again and again."""
+    """The model, the caption, and eight test images with their semantic latents."""
 
     def __init__(self, folder, caption):
         self.folder, self.model, self.caption = folder, w.Wuerstchen.load(folder), caption
@@ -105,8 +104,8 @@ def words(guide):
     caption, count = guide.caption, len(guide.tokens)
     text = guide.model.encode_text([caption], "b")[0]
     yield (table(text[:count, :12], guide.tokens, [str(i) for i in range(12)], 1),
-           "Each token becomes a vector: a row, of which the first twelve numbers are shown. A token sees only itself "
-           "and those before it, so the last one stands for the whole caption.", w.Tokenizer.encode, w.TextEncoder)
+           "Each token becomes a vector: twelve of its numbers, in a row. A token sees only itself and those before: "
+           "the last one stands for the whole caption.", w.Tokenizer.encode, w.TextEncoder)
     others = [caption, *(caption.replace(a, b) for a, b in (
         ("red", "pink"), ("red", "green"), ("circle", "star"), ("big", "small"), ("left", "right"),
         ("to the left of", "above"), ("square", "cross")) if a in caption)]
@@ -115,8 +114,7 @@ def words(guide):
     yield (table(F.cosine_similarity(ends[:, None], ends[None], dim=-1),
                  [f"{i}: {other}" for i, other in enumerate(others, 1)], [*map(str, range(1, len(others) + 1))]),
            "The cosine between the end tokens' vectors of captions that differ in one thing. Training compared a "
-           "projection of these vectors with images. The lower the number, the more the caption's meaning has changed.",
-           w.CLIP.embed_text, w.contrastive_loss)
+           "projection of these vectors with images.", w.CLIP.embed_text, w.contrastive_loss)
 
 
 def stage_a(guide):
@@ -128,39 +126,31 @@ def stage_a(guide):
     shades = torch.rand(len(a.quantizer.codebook), 3, generator=torch.Generator().manual_seed(0))
     yield (make_sheet([torch.cat([images, enlarge(channels, side), enlarge(shades[codes], side)])],
                       ["image", *(f"latent channel {i}" for i in range(len(channels))), "codes"]),
-           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). The index of the "
-           "nearest codebook entry is their code, shown as a random colour; Stage B uses the numbers themselves.",
-           w.VQGAN.encode, w.Quantizer.forward)
+           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). The nearest codebook "
+           "entry's number is their code (a random colour); Stage B uses the latents.", w.VQGAN.encode, w.Quantizer)
     changed, (y, x) = latents.clone(), (n // 2 for n in latents.shape[1:3])
     changed[0, y, x, 0] += latents[..., 0].std()
     yield (make_sheet([torch.cat([images, rebuilt, 1 - 8 * (rebuilt - images).abs(),
                                   1 - 8 * (a.decode(changed) - a.decode(latents)).abs()])],
                       ["image", "rebuilt from its codes", "difference (x8)",
                        "effect of shifting one latent by one standard deviation (x8)"]),
-           "Most of what is lost is at the edges. One latent changes only the pixels around it: Stage A encodes local "
-           "detail, and nothing of the whole.", w.VQGAN.decode)
+           "Most of what is lost is at the edges. One latent changes only the pixels around it.", w.VQGAN.decode)
 
 
 def semantic(guide):
     """The semantic latents: the image in a few numbers"""
-    images, e = guide.images, guide.semantic
-    n, channels = e.shape[1], e.shape[-1]
-    yield (make_sheet([enlarge(colours(e[i].movedim(-1, 0), 3), 48) for i in range(2)],
-                      [str(c) for c in range(channels)]),
-           f"The semantic latents of two test images: {n}x{n} cells of {channels} numbers, a column per number. "
-           "The compressor learned them together with Stage B: they are what helps B to draw.",
-           w.SemanticCompressor, w.Wuerstchen.compress)
-    rows = []
+    images, e, rows, (_, n, _, channels) = guide.images, guide.semantic, [], guide.semantic.shape
+    yield (make_sheet([enlarge(colours(e[i].movedim(-1, 0), 3), 48) for i in range(2)], [*map(str, range(channels))]),
+           f"The semantic latents of two test images: {n}x{n} cells of {channels} numbers, a column for each. The "
+           "compressor learned them together with Stage B.", w.SemanticCompressor, w.Wuerstchen.compress)
     for i, j, cell in ((1, 3, (0, n // 2)), (3, 1, (0, n // 2)), (6, 3, (n - 1, n // 2))):
         mixed = e[i].clone()
         mixed[cell] = e[j][cell]
         rows.append(torch.stack([marked(images[i], cell, n), marked(images[j], cell, n),
                                  *guide.by_b(torch.stack([e[i], mixed]))]))
-    yield (make_sheet(rows, ["an image", "another", "drawn from the first's cells", "the same, with the framed cell of "
-                             "the other"]),
-           "Stage B draws an image's semantic latents, without a caption; then the framed cell is replaced by that of "
-           "another image. What changes is near that cell: a cell says what is there, and the cells around it hold "
-           "some of the outline too.", w.Wuerstchen.from_semantic)
+    yield (make_sheet(rows, ["an image", "another", "drawn from the first's cells", "with the other's framed cell"]),
+           "Stage B draws an image's semantic latents, without a caption; then with a cell of another image. A cell "
+           "says what is there; the cells around it hold some of the outline too.", w.Wuerstchen.from_semantic)
     values, rows = (-3, -1.5, 0, 1.5, 3), []
     for channel in range(0, channels, max(1, channels // 4)):
         swept = e[1:2].repeat(len(values), 1, 1, 1)
@@ -179,30 +169,26 @@ def noise(guide):
     latents, cells = (w.add_noise(x.expand(5, *x.shape[1:]), torch.randn(1, *x.shape[1:]), times) for x in (x0, e))
     yield (make_sheet([model.a.decode(latents * model.a.scale), guide.by_b(model.c.denormalise(cells))],
                       [f"t = {t:.2f}" for t in times]),
-           "Above: noise in Stage A's latents, decoded. Below: noise in the semantic latents, drawn by Stage B: the "
-           "image stays sharp, but it becomes another one.", w.add_noise)
-    t = torch.linspace(0, 1, 101)
-    a = w.alpha_bar(t)
+           "Above: noise in Stage A's latents, decoded. Below: noise in the semantic latents, drawn by Stage B: sharp, "
+           "but in the end another image.", w.add_noise)
+    a = w.alpha_bar(t := torch.linspace(0, 1, 101))
     curves = {"signal left": a, "weight of C's loss": 1 - a, "weight of B's loss": (1 - a) * 0.4 / (a + 0.02).sqrt()}
     yield (make_chart({name: [*zip(t.tolist(), y.tolist())] for name, y in curves.items()}, "t", ""),
-           "How much of the signal is left at time t, and what weight the error of the predicted noise has in the two "
-           "losses. Stage C trains at all times alike; Stage B mostly between 0.4 and 0.9, so that the end of its "
-           "curve counts in few images.", w.alpha_bar, w.diffusion_loss, train.stage_b_loss)
+           "The signal left at time t, and the weight of the error at that time. Stage C trains at all times alike; "
+           "Stage B mostly between 0.4 and 0.9, so that the end of its curve counts in few images.",
+           w.alpha_bar, w.diffusion_loss, train.stage_b_loss)
 
 
 def stage_c(guide):
     """Stage C at work: from noise to semantic latents"""
-    model, seen, count, shown = guide.model, [], 60, (1, 5, 10, 20, 40, 60)
-    shape = 1, *guide.semantic.shape[1:]
-    model.sample_c(torch.randn(shape, generator=torch.Generator().manual_seed(0)), w.timesteps(count, "cpu"),
-                   [guide.caption], generator=w.generators([0], 1),
-                   after_step=lambda x, x0, t: seen.append((x, x0)) or x)
+    model, seen, shown, generator = guide.model, [], (1, 5, 10, 20, 40, 60), w.generators([0], 1)
+    model.sample_c(w.normal_noise(guide.semantic[:1].shape, generator, "cpu"), w.timesteps(60, "cpu"), [guide.caption],
+                   generator=generator, after_step=lambda x, x0, t: seen.append((x, x0)) or x)
     x, x0 = (torch.cat([seen[i - 1][j] for i in shown]) for j in (0, 1))
     yield (make_sheet([guide.by_b(model.c.denormalise(x0)), enlarge(colours(x[..., 0], 3), guide.images.shape[1])],
-                      [f"step {i} of {count}" for i in shown]),
-           "Above: the clean latents that Stage C predicts at some steps, drawn by B. At first it predicts the mean of "
-           "all that fit the caption, which B still draws as one sharp image. Below: a channel of the noisy latents.",
-           w.predict_x0, w.ddpm_step)
+                      [f"step {i} of 60" for i in shown]),
+           "Above: the clean latents that Stage C predicts, drawn by B: first the mean of all that fit the caption. "
+           "Below: a channel of the noisy latents.", w.predict_x0, w.ddpm_step)
 
 
 def attention(guide):
@@ -214,49 +200,40 @@ def attention(guide):
             weights.append((q @ k.mT / q.shape[-1]**0.5).softmax(dim=-1).mean(dim=1))  # of all heads: (B, N, M)
         return attend(q, k, v, attn_mask)
 
-    names, side, length = guide.tokens, guide.semantic.shape[1], model.tokenizer.length
+    names, side, depth = guide.tokens, guide.semantic.shape[1], model.config.c.depth
+    noisy = w.normal_noise(guide.semantic[:1].shape, generator := w.generators([0], 1), "cpu")
     with mock.patch.object(F, "scaled_dot_product_attention", spy):
-        noisy = torch.randn(1, *guide.semantic.shape[1:], generator=torch.Generator().manual_seed(0))
-        e = model.sample_c(noisy, model.times(None, "c"), [guide.caption], guidance=1, generator=w.generators([0], 1))
-        per_step = model.config.c.depth
-        middle = weights[len(weights) // 2 // per_step * per_step:][:per_step]
-        del weights[:]
-        x = torch.randn(1, *[model.config.image_size // 4] * 2, 4, generator=torch.Generator().manual_seed(0))
-        latents = model.sample_b(x, model.times(None, "b"), e, [guide.caption], guidance=1,
-                                 generator=w.generators([0], 1))
-    left, right, cells = side // 2 * side, side // 2 * side + side - 1, side * side
-    read = [block[0, place, cells:cells + len(names)] for block in middle for place in (left, right)]
-    yield (table(torch.stack(read),
-                 [f"block {i + 1}, {name} cell" for i in range(per_step) for name in ("left", "right")], names),
-           "How much Stage C's left and right cells attend to each word, in each block, in the middle of sampling "
-           "(mean over heads; the rest goes to cells and padding). A token's vector holds all that came before it: the "
-           "word that a cell attends to need not be the one that names its object." + guide.known * (
+        e = model.sample_c(noisy, model.times(None, "c"), [guide.caption], guidance=1, generator=generator)
+        middle = weights[len(weights) // 2 // depth * depth:][:depth]
+        weights.clear()
+        drawn = guide.by_b(e, [guide.caption], guidance=1)
+    cells, places = side * side, {"left": side // 2 * side, "right": side // 2 * side + side - 1}
+    read = [block[0, place, cells:cells + len(names)] for block in middle for place in places.values()]
+    yield (table(torch.stack(read), [f"block {i}, {cell} cell" for i in range(1, depth + 1) for cell in places], names),
+           "How much Stage C's left and right cells attend to each word, halfway through sampling (mean over heads; "
+           "the rest goes to cells and padding). A token's vector holds all that came before it." + guide.known * (
                " The left cell attends to “left of a”, the first to know that the red circle is to be on the left."),
            w.AttnBlock)
     block = min(weights[len(weights) // 2:], key=lambda x: x.shape[1])[0]  # at the U-Net's lowest level, halfway
-    grid = int((block.shape[1] - length) ** 0.5)
+    grid = int((block.shape[1] - model.tokenizer.length) ** 0.5)
     places = [(grid // 2, grid // 4), (grid // 2, grid * 3 // 4)]
     rows = torch.stack([block[y * grid + x] for y, x in places])
-    maps = 1 - rows[:, :grid * grid] / rows[:, :grid * grid].amax(dim=1, keepdim=True)
-    maps = enlarge(maps.view(2, grid, grid, 1).expand(-1, -1, -1, 3), guide.images.shape[1])
-    yield (make_sheet([torch.cat([model.a.decode(latents), maps])],
-                      ["drawn", "from the middle of the left half", "from the middle of the right half"]),
-           "Which places of the image two places of Stage B attend to (dark: more), in one block at the U-Net's lowest "
+    maps = rows[:, :grid * grid].view(2, grid, grid, 1).expand(-1, -1, -1, 3)
+    maps = enlarge(1 - maps / maps.amax(dim=(1, 2, 3), keepdim=True), guide.images.shape[1])
+    yield (make_sheet([torch.cat([drawn, maps])], ["drawn", "middle of the left half", "middle of the right half"]),
+           "Which places of the image two places of Stage B attend to (dark: more), in a block at the U-Net's lowest "
            "level." + guide.known * " Not to their own object, as one might expect, but to a few others.",
            w.Attention.attend)
     yield (table(rows[:, grid * grid:][:, :len(names)], ["left", "right"], names),
-           "The same two places' attention to the words." + guide.known * (
-               " Each attends to the word for its own object, although the semantic latents already say what to draw."),
+           "The same two places' attention to the words." + guide.known * " Each attends to its own object's word.",
            w.StageB.encode_conditions)
 
 
 def guidance(guide):
     """Guidance: away from what is drawn without a caption"""
-    def generate(caption, scale):
-        return guide.model.generate([caption] * 3, seed=[0, 1, 2], guidance=(scale, 1))
-
     columns = {"no caption": ("", 1)} | {f"guidance {s}": (guide.caption, s) for s in (1, 2, 4, 8)}
-    yield (make_sheet([*torch.stack([generate(*column) for column in columns.values()], dim=1)], [*columns]),
+    drawn = [guide.model.generate([caption] * 3, seed=[0, 1, 2], guidance=(s, 1)) for caption, s in columns.values()]
+    yield (make_sheet([*torch.stack(drawn, dim=1)], [*columns]),
            "Three seeds, a row each. Guidance pushes Stage C's prediction away from what it predicts without a "
            "caption. Shapes hardly need it; photos do, but too much of it makes them look alike.", w.guided)
 
@@ -268,24 +245,21 @@ def stage_b(guide):
     shown = (1, 2, 3, 4, 6, 8, 10, 12)
     yield (make_sheet([model.a.decode(torch.cat([seen[i - 1] for i in shown]) * model.a.scale)],
                       [f"step {i} of 12" for i in shown]),
-           "The clean latents that Stage B predicts at some steps, decoded by Stage A. From the first on, everything "
-           "is in its place, as the semantic latents say where; the other steps make it sharp.",
-           w.StageB.predict_eps, w.sample)
+           "The clean latents that Stage B predicts, decoded by Stage A. From the first step on, everything is in its "
+           "place, as the semantic latents say where; the others make it sharp.", w.StageB.predict_eps, w.sample)
     given, captions = torch.cat([e, e, 0 * e, 0 * e]), [guide.captions[1], "", guide.captions[1], ""]
     yield (make_sheet([guide.by_b(given, captions, seed) for seed in range(2)],
                       ["both", "without the caption", "without the semantic latents", "with neither"]),
-           "Two seeds, a row each. The semantic latents settle almost everything; the caption corrects a colour or an "
-           "outline now and then. Alone, as Stage B has seldom seen it in training, it does not suffice.",
-           train.noisy_conditions)
+           "Two seeds, a row each. The semantic latents settle almost everything. The caption alone, which training "
+           "seldom gave Stage B, does not suffice.", train.noisy_conditions)
 
 
 def training(guide):
     """What a model draws early, halfway and at the end of its training"""
-    for stage, rows in (("b", "by Stage A; by Stage B"), ("c", "by A; by B; drawn by Stages C and B")):
+    for stage in "bc":
         sheets = sorted((guide.folder / "sheets").glob(f"{stage}_*.png"))
         for path in sorted({*sheets[:1], *sheets[len(sheets) // 2:][:1], *sheets[-1:]}):
-            yield (Image.open(path), f"Stage {stage.upper()} after {int(path.stem[2:])} steps: test images; {rows}.",
-                   train.fit)
+            yield Image.open(path), f"Stage {stage.upper()} after {int(path.stem[2:])} steps.", train.fit
 
 
 STATIONS = (words, stage_a, semantic, noise, stage_c, attention, guidance, stage_b, training)
@@ -309,20 +283,17 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     for number, station in enumerate(STATIONS, 1):
         for i, (image, text, *functions) in enumerate(station(guide), 1):
-            image.save(out / f"{number}_{station.__name__}_{i}.png")
-            image.save(buffer := io.BytesIO(), "PNG")
+            image.save(path := out / f"{number}_{station.__name__}_{i}.png")
             title, text = html.escape(station.__doc__), html.escape(text)
-            data = base64.b64encode(buffer.getvalue()).decode()
+            data = base64.b64encode(path.read_bytes()).decode()
             parts += [f"<h2>{number}. {title}</h2>"] if i == 1 else []
             parts.append(f'<figure><img alt="{text}" width="{image.width}" src="data:image/png;base64,{data}">'
                          f'<figcaption>{text}<br><code>{"; ".join(map(where, functions))}</code>'
                          "</figcaption></figure>")
     (out / "index.html").write_text(
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Inside Würstchen</title><style>{STYLE}</style><h1>Inside Würstchen</h1><p>"
-        f"“{html.escape(args.caption)}”</p>" + "\n".join(parts) + "</html>", "utf-8")
+        f"{HEAD}<h1>Inside Würstchen: “{html.escape(args.caption)}”</h1>" + "\n".join(parts) + "</html>", "utf-8")
     print(out / "index.html")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "stopped")
