@@ -953,29 +953,30 @@ def check(numbers):
     return len(right) == len(numbers)
 
 
-def finale():
+def finale(count=96, options=("--steps", "300", "--cache", "4096")):
     """Trains Stage C for a few minutes, on the compressor and Stage B that come with the code, with the working copy's
     noise, loss and sampler in place of the reference's; draws with it, and prints its score."""
     import score
     import train
     shipped = wuerstchen.Wuerstchen.load(HERE / "tests" / "shapes")
-    _, captions = train.examples(train.Shapes(split="test"), 96)
-    theirs = shipped.generate(captions[:8], seed=[*range(8)])
-    modules = {task: students(task) for task in EXERCISES if task.probe in (noising, p2, steps, sampling)}
-    own = {name: getattr(module, name) for task, module in modules.items() for name in task.names}
-    for place, name in itertools.product((wuerstchen, train, sample, *modules.values()), own):
+    _, captions = train.examples(train.Shapes(split="test"), count)
+    theirs = shipped.generate(captions[:8], seed=[*range(min(8, count))])
+    tasks = [task for task in EXERCISES if task.probe in (noising, p2, steps, sampling)]
+    modules = [students(task) for task in tasks]
+    own = {name: getattr(module, name) for task, module in zip(tasks, modules) for name in task.names}
+    for place, name in itertools.product((wuerstchen, train, sample, *modules), own):
         if hasattr(place, name):
             setattr(place, name, own[name])
-    folder = HERE / "runs" / "finale"
+    folder = Path("runs", "finale")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(HERE / "tests" / "shapes", folder, ignore=shutil.ignore_patterns("c.pt"))
     begun = time.time()
-    train.main(["c", "--run", str(folder), "--steps", "300", "--cache", "4096"])
+    train.main(["c", "--run", str(folder), *options])
     minutes, model = (time.time() - begun) / 60, wuerstchen.Wuerstchen.load(folder)
-    drawn = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(96)])
+    drawn = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(count)])
     sample.make_sheet([drawn[:8], theirs], captions[:8]).save("lab_finale.png")
     print("lab_finale.png: what yours draws, above what the model that comes with the code draws\n"
-          f"{score.check_all(drawn, captions)['whole']:.0%} of 96 whole captions right after {minutes:.1f} minutes")
+          f"{score.check_all(drawn, captions)['whole']:.0%} of {count} whole captions right after {minutes:.1f} minutes")
 
 
 def main(argv=None):

@@ -1,5 +1,7 @@
 """The lab grades as it says: what is empty or wrong fails, with its own hint; what is right passes."""
 import ast
+import functools
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 import lab
+import train
 from conftest import SECONDS
 
 NUMBERED = {task.title: (number, task) for number, task in enumerate(lab.EXERCISES, 1)}
@@ -123,6 +126,35 @@ return x + self.beta + self.gamma * x * norm / (norm.mean(-1, keepdim=True) + 1e
     half = (sheet.height - 4 - 22) // 2
     assert sheet.crop((4, 4, 396, half)).tobytes() != sheet.crop((4, 4 + half, 396, 2 * half)).tobytes()
     assert (copy / "lab_3.png").exists() and not (copy / "lab_4.png").exists()
+
+
+def test_finale_trains_and_draws_with_the_students_functions(monkeypatch, tmp_path, capsys):
+    """Each of them is called, also by the student's other functions; the reference's are not."""
+    mine, theirs = set(), set()
+
+    def noting(function, names, name):
+        return functools.wraps(function)(lambda *args, **options: names.add(name) or function(*args, **options))
+
+    def students(task, students=lab.students):
+        module = students(task)
+        for name in task.names:
+            setattr(module, name, noting(getattr(module, name), mine, name))
+        return module
+
+    names = [name for task in lab.EXERCISES if task.probe in (lab.noising, lab.p2, lab.steps, lab.sampling)
+             for name in task.names]
+    for place in (lab.wuerstchen, train, lab.sample):
+        for name in names:
+            if hasattr(place, name):  # for monkeypatch to put back
+                monkeypatch.setattr(place, name, noting(getattr(place, name), theirs, name))
+    main = train.main  # before it, the shipped model has been drawn with the reference's
+    monkeypatch.setattr(train, "main", lambda argv: theirs.clear() or main(argv))
+    monkeypatch.setattr(lab, "students", students)
+    monkeypatch.chdir(tmp_path)
+    lab.finale(2, ["--steps", "1", "--batch-size", "2", "--cache", "16"])
+    assert mine == set(names) - {"ddim_step"} and not theirs
+    assert (tmp_path / "lab_finale.png").exists()
+    assert re.search("% of 2 whole captions right after 0.[0-9] minutes", capsys.readouterr().out)
 
 
 def test_an_endless_loop_is_wrong(monkeypatch, capsys):
