@@ -21,7 +21,7 @@ its folder:
     sheets/, curves.png         images that show the progress, and the losses
     report.md                   the machine, what each stage took, and where it got to
 
-Read it from top to bottom: data, losses, the training loop, the stages, the command line.
+Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data and the command line.
 """
 
 import argparse
@@ -62,427 +62,31 @@ from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen
                         save_atomically, token_loss, training_times)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
-# a string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
-# drawn on the fly: "a big blue square to the left of a small green star".
-
-COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
-           "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
-BACKGROUNDS = {"white": (243, 243, 243), "grey": (150, 150, 150), "dark": (35, 35, 38)}
-# Radius range as a share of the image's side: 16-18 and 24-26 pixels of 128.
-SIZES = {"small": (0.125, 0.14), "big": (0.185, 0.2)}
-# Unit step from the second object to the first (x to the right, y down).
-RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-# Never shown in training: one pair per shape, five different colours. A model must combine them by itself.
-HELD_OUT = {("purple", "circle"), ("yellow", "square"), ("cyan", "triangle"), ("red", "star"), ("green", "cross")}
-SPLITS = ("train", "test", "heldout")
-JITTER = 0.015  # largest random offset of an object's centre, as a share of the side; twice that for a single object
-TINT = {"object": 10, "background": 3}  # largest change of a colour channel, of 255
-
-
-def ring(n, radius, start=-90):
-    """n points on a circle, the first one straight up: (n, 2) array of x, y."""
-    angle = np.radians(start + 360 / n * np.arange(n))
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-
-# Outlines for radius 1. A square fills its box and a star does not: they reach differently far, to look equally big.
-OUTLINES = {
-    "circle": ring(48, 0.95),
-    "square": ring(4, 0.85 * math.sqrt(2), start=-45),
-    "triangle": ring(3, 1.2) + (0, 0.3),  # moved down so that its box, not its centroid, is in the middle
-    "star": np.stack([ring(5, 1.12), ring(5, 0.47, start=-54)], axis=1).reshape(10, 2) + (0, 0.1),
-    "cross": np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
-                       (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]) / 3.0,
-}
-REACH = {shape: float(np.abs(points).max()) for shape, points in OUTLINES.items()}  # half of the longer side
+# The recipes: steps, batch size and peak learning rate of each stage.
 
 
 @dataclass
-class Scene:
-    objects: list            # one or two (size or None, colour, shape)
-    relation: str = None     # of the first object to the second; None for one object
-    background: str = None   # None: white
-
-    def caption(self):
-        names = []
-        for size, colour, shape in self.objects:
-            words = " ".join(filter(None, (size, colour, shape)))
-            names.append(("an " if words[0] == "o" else "a ") + words)  # only "orange" begins with a vowel
-        text = f" {self.relation} ".join(names)
-        return text + (f" on a {self.background} background" if self.background else "")
+class Recipe:
+    steps: int
+    batch: int
+    lr: float  # the peak learning rate
 
 
-def random_scene(rng):
-    """40 % one object, 60 % two; size and background are named in some captions only."""
-    def one_of(names):
-        return list(names)[rng.integers(len(names))]
-
-    def thing():
-        return one_of(SIZES) if rng.random() < 0.75 else None, one_of(COLOURS), one_of(OUTLINES)
-
-    background = one_of(BACKGROUNDS) if rng.random() < 0.3 else None
-    first = thing()
-    if rng.random() < 0.4:
-        return Scene([first], None, background)
-    second = thing()
-    while second[1:] == first[1:]:
-        second = thing()
-    return Scene([first, second], one_of(RELATIONS), background)
-
-
-def reserved(caption):
-    """Whether a caption is kept for testing: one in sixteen, by a hash."""
-    return zlib.crc32(caption.encode()) % 16 == 0
-
-
-def split_of(scene):
-    """The one split a scene's caption belongs to."""
-    if any((colour, shape) in HELD_OUT for _, colour, shape in scene.objects):
-        return "heldout"
-    return "test" if reserved(scene.caption()) else "train"
-
-
-def place(scene, rng):
-    """Centres (x, y) of the objects as shares of the side: one in the middle, two in the middles of two halves, so that
-    even big ones don't touch; all with a random offset."""
-    step = np.array(RELATIONS.get(scene.relation, (0, 0)))
-    steps = [step, -step] if scene.relation else [step]
-    return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
-
-
-def draw(scene, rng, size=128):
-    """An image of the scene: uint8 array (size, size, 3). Sizes that it leaves open, exact places and tints are random;
-    without a background, it is white."""
-    def tinted(rgb, most):
-        return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-most, most + 1, size=3)), 0, 255))
-
-    background = scene.background or "white"
-    image = Image.new("RGB", (size, size), tinted(BACKGROUNDS[background], TINT["background"]))
-    radii = [rng.uniform(*SIZES[name or ("small", "big")[rng.integers(2)]]) for name, _, _ in scene.objects]
-    for (_, colour, shape), radius, (x, y) in zip(scene.objects, radii, place(scene, rng)):
-        # Smooth edges: draw only the object's own box, four times as large, and reduce it.
-        r = radius * REACH[shape]
-        left, top, side = int((x - r) * size), int((y - r) * size), int(2 * r * size) + 3
-        outline = (np.array([x, y]) + radius * OUTLINES[shape]) * size - (left, top)
-        mask = Image.new("L", (4 * side, 4 * side))
-        ImageDraw.Draw(mask).polygon((4 * outline - 0.5).ravel().tolist(), fill=255)
-        image.paste(tinted(COLOURS[colour], TINT["object"]), (left, top, left + side, top + side), mask.reduce(4))
-    return np.array(image)
-
-
-class Shapes(Dataset):
-    """split: "train"; "test", captions never trained on; "heldout", captions with a pair of HELD_OUT."""
-
-    def __init__(self, size=128, seed=0, split="train"):
-        self.size, self.seed, self.split = size, seed, split
-
-    def start(self, index):
-        """-> the scene of an image, and the random numbers left to draw it with"""
-        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        while split_of(scene := random_scene(rng)) != self.split:
-            pass
-        return scene, rng
-
-    def caption(self, index):
-        return self.start(index)[0].caption()
-
-    def captions(self):
-        """Captions to train a tokenizer on."""
-        return map(self.caption, range(20_000))
-
-    def __getitem__(self, index):
-        scene, rng = self.start(index)
-        return draw(scene, rng, self.size), scene.caption()
-
-
-# Data sets on disk. Each reader gives {split: [(image, captions)]}; `Images` repeats that forever, shuffled. What can't
-# be used goes to `left_out`, {reason: [names]}, and is printed.
-
-TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
-DOWNLOADS = {  # the archives of a data set, and their SHA-256
-    "cifar10": {"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz":
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
-    "cifar100": {"https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz":
-                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
-    "coco": {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
-             "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-             "http://images.cocodataset.org/zips/val2017.zip":
-             "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"},
+RECIPES = {
+    "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(1000, 16, 6e-3), b=Recipe(2350, 16, 1.2e-3),
+                 c=Recipe(600, 64, 1.5e-3)),
+    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 6e-3), b=Recipe(1500, 16, 1.2e-3),
+                  c=Recipe(450, 64, 1.5e-3)),
+    "cifar": dict(text=Recipe(400, 64, 5e-4), a=Recipe(1000, 32, 6e-3), b=Recipe(2000, 64, 1.6e-3),
+                  c=Recipe(3500, 128, 1.5e-3)),
+    "photos": dict(text=Recipe(400, 64, 5e-4), a=Recipe(800, 16, 6e-3), b=Recipe(2200, 32, 1.6e-3),
+                   c=Recipe(1400, 64, 1.5e-3)),
+    "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
+                  c=Recipe(100_000, 256, 2e-4)),
+    # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
+    "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(500_000, 256, 1e-4), b=Recipe(457_000, 512, 1e-4),
+               c=Recipe(500_000, 1536, 1e-4)),
 }
-COCO_IMAGES = 5000  # in val2017.zip
-CIFAR = {  # folder, bytes of labels before the pixels (we use the last), names of the labels, records in each file
-    "cifar10": ("cifar-10-batches-bin", 1, "batches.meta.txt",
-                {"test_batch.bin": 10_000} | {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}),
-    "cifar100": ("cifar-100-binary", 2, "fine_label_names.txt", {"test.bin": 10_000, "train.bin": 50_000}),
-}
-
-
-def is_complete(data, data_dir):
-    """Whether all that --download fetches is there, unpacked."""
-    if data == "coco":
-        return (len([*(data_dir / "val2017").glob("*.jpg")]) >= COCO_IMAGES
-                and (data_dir / "annotations" / "captions_val2017.json").exists())
-    folder, skip, names, files = CIFAR[data]
-    sizes = {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
-    return (data_dir / folder / names).exists() and all(
-        path.exists() and path.stat().st_size == size for path, size in sizes.items())
-
-
-def download(data, data_dir):
-    """Fetches the archives of a data set into a folder, checks their SHA-256 and unpacks them. Does nothing if all that
-    was in them is there; archives that are there are not fetched again."""
-    if is_complete(data, data_dir):
-        return
-    data_dir.mkdir(parents=True, exist_ok=True)
-    for url, sha256 in DOWNLOADS[data].items():
-        archive = data_dir / url.rsplit("/", 1)[-1]
-        if not archive.exists() or hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
-            try:
-                torch.hub.download_url_to_file(url, archive, hash_prefix=sha256)
-            except Exception as error:  # of many kinds: no network, another hash
-                raise OSError(f"can't fetch {url}: {error}") from error
-        shutil.unpack_archive(archive, data_dir)
-
-
-def list_cifar(data, data_dir, left_out):
-    """CIFAR-10 or CIFAR-100, binary version, or some of its files: data_dir holds cifar-10-batches-bin/ or
-    cifar-100-binary/. A record is its labels, then 32x32 red, green and blue values.
-    -> {split: [(array (32, 32, 3), captions)]}"""
-    folder, skip, names, files = CIFAR[data]
-    place, items, captions = data_dir / folder, dict(train=[], test=[]), []
-    if not place.is_dir():
-        python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
-        raise UserError(f"no {place}{''.join(python)}: --download fetches it")
-    for name in read_text(place / names).replace("_", " ").splitlines():
-        article = "an" if name[:1] in "aeiou" else "a"
-        captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
-    for name, n in files.items():
-        data = np.fromfile(place / name, np.uint8) if (place / name).exists() else np.zeros(0, np.uint8)
-        if len(data) % (skip + 3072) or (data[skip - 1::skip + 3072] >= len(captions)).any():
-            raise UserError(f"{place / name} is cut short or damaged: --download fetches it again")
-        records = data.reshape(-1, skip + 3072)
-        items["test" if "test" in name else "train"] += [
-            (record[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[record[skip - 1]]) for record in records]
-        if len(records) < n:
-            left_out["missing or incomplete files"].append(name)
-    return items
-
-
-def tidy(texts):
-    """A text or a list of texts -> captions: each on one line; what is empty or no text is dropped"""
-    texts = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
-    lines = (" ".join(text.replace("\ufeff", " ").split()) for text in texts)  # U+FEFF: a byte order mark inside
-    return [line.encode(errors="replace").decode() for line in lines if line]  # half of a surrogate pair becomes "?"
-
-
-def parse_json(text):
-    """What a JSON text holds; None if it is no JSON, as after a write that failed"""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def get(row, key, kind=object):
-    """row[key] if row is a dictionary and that is of this kind, else an empty object of the kind"""
-    value = row.get(key) if isinstance(row, dict) else None
-    return value if isinstance(value, kind) else kind()
-
-
-def read_table(file, text, left_out):
-    """metadata.csv, metadata.jsonl or COCO's JSON, and its text -> {file name of an image: captions}"""
-    captions = {}
-    if file.suffix.lower() == ".csv":
-        csv.field_size_limit(2**31 - 1)  # a quotation mark may be missing
-        text = text.replace("\ufeff", "").strip()  # byte order marks
-        separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
-        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-        names = [name.strip().lower() for name in next(table, [])]
-        while names and not names[-1]:  # empty columns of a spreadsheet
-            names.pop()
-        last = len(names) - 1  # takes what is left of a row: captions have commas, and not all are quoted
-        rows = (dict(zip(names, [*row[:last], f"{separator} ".join(filter(None, row[last:]))])) for row in table)
-    elif file.suffix.lower() == ".jsonl":
-        rows = map(parse_json, filter(str.strip, text.split("\n")))
-    else:
-        coco = parse_json(text)
-        names = {str(get(row, "id")): get(row, "file_name") for row in get(coco, "images", list)}
-        rows = ({"file_name": names.get(str(get(row, "image_id"))), "text": get(row, "caption")}
-                for row in get(coco, "annotations", list))
-    for row in rows:
-        name, lines = get(row, "file_name", str), tidy(get(row, "text") or get(row, "caption"))
-        if name and lines:
-            captions.setdefault(name.strip().replace("\\", "/"), []).extend(lines)
-        else:
-            left_out["rows without file name or caption"].append(file)
-    if not captions:
-        left_out["tables without file_name and text or caption"].append(file)
-    return captions
-
-
-LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-
-
-def find_files(folder, left_out):
-    """All files in a folder and its sub-folders, linked ones too; without hidden ones, what file managers leave, and
-    training runs. -> [path]"""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True,
-                                         onerror=lambda error: left_out["unreadable folders"].append(error.filename)):
-        if os.path.realpath(place) in seen or {"config.json", "options.json"} <= {*names}:
-            folders[:] = names[:] = ()  # a loop of links, or a run
-        seen.add(os.path.realpath(place))
-        for some in (folders, names):
-            some[:] = [name for name in some if name[0] != "." and name not in LEFTOVERS]
-        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # folders before links to them
-        found += [Path(place, name) for name in names]
-    return found
-
-
-def can_open(path):
-    """Whether Pillow recognises an image. Reads only its beginning: the rest may still be broken."""
-    try:
-        if not path.is_file():  # opening a pipe would block
-            return False
-        with Image.open(path):
-            return True
-    except Exception:  # Pillow raises many kinds
-        return False
-
-
-def can_load(path):
-    """Whether all of an image can be read."""
-    try:
-        load_image(path, (32, 32))
-        return True
-    except OSError:
-        return False
-
-
-def list_images(folder, coco, left_out):
-    """The images in a folder that have captions: in a .txt file of the same name, one per line; in metadata.csv or
-    metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
-    image has any of these, the sub-folder's name.
-    -> {path: captions}, the paths that captions_val*.json names, and how many there are of what, in words"""
-    def text_of(file):
-        try:
-            return read_text(file)
-        except OSError:
-            left_out["unreadable files"].append(file)
-            return ""
-
-    def key(path):  # file systems write accents in two ways
-        return unicodedata.normalize("NFC", os.path.normpath(path))
-    files = find_files(folder, left_out)
-    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-    tables = [file for file in files
-              if (file.suffix == ".json" if coco else file.name.lower() in ("metadata.csv", "metadata.jsonl"))]
-    others = {*files} - {*tables, *texts.values()}
-    images = {file for file in tqdm(others, "images", delay=5) if can_open(file)}
-    left_out["files that Pillow can't open"] += sorted(others - images)
-    beside = {path: tidy(text_of(texts[path.with_suffix("")]).splitlines())
-              for path in images if path.with_suffix("") in texts}
-    listed, validation, by_key, by_name = {}, set(), {key(path): path for path in images}, collections.defaultdict(list)
-    for path in images:
-        by_name[path.name].append(path)
-    for table in [table for table in tables if "captions" in table.name] or tables:
-        subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
-        is_validation = coco and re.search("(?<![a-z])val", subset)
-        for name, lines in read_table(table, text_of(table), left_out).items():
-            path = by_key.get(key(table.parent / name)) or coco and by_key.get(key(folder / subset / name))
-            if coco and not path:  # other data in this format has other folders: the one image whose path ends so
-                same = by_name[Path(name).name]
-                ends = [path for path in same if key(path).endswith(key(f"/{name}"))] or same
-                path = ends[0] if len(ends) == 1 else None
-            if path:
-                listed.setdefault(path, []).extend(lines)
-                if is_validation:
-                    validation.add(path)
-            else:
-                left_out["captions of missing images"].append(name)
-    captioned = {path.parent for some in (beside, listed) for path, lines in some.items() if lines}
-    named = {path: tidy(path.parent.name.replace("_", " ")) for path in images
-             if not coco and path.parent not in {folder, *captioned}}
-    captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
-    left_out["images without caption"] += sorted(images - captions.keys())
-    by_folder = f", {len(named)} of them the name of a folder" if named else ""
-    return captions, validation, f"{len(images)} images, {len(captions)} with captions{by_folder}; "
-
-
-def for_testing(names, validation):
-    """The images kept for testing: those of the validation set, if there are others too; else the first that can be
-    read, and about one in ten, by a hash of its name (not by that of `reserved`, which is equal for a.png and b.png).
-    names: {name: path}, sorted; validation: set of paths -> set of paths"""
-    if len(validation) < len(names) and any(map(can_load, sorted(validation))):
-        return validation
-    first = next(filter(can_load, names.values()), None)
-    digests = (hashlib.md5(name.encode(errors="surrogatepass"), usedforsecurity=False).digest() for name in names)
-    testing = {first, *(path for path, digest in zip(names.values(), digests) if digest[0] < 26)}
-    return testing if len(testing) < len(names) else {first}
-
-
-class Images(Dataset):
-    """Endless data set over a list of images, reshuffled every epoch. If an image can't be read, its name is printed,
-    and the next one takes its place. items: [(path or array, captions)]"""
-
-    def __init__(self, items, size, seed=0):
-        self.items, self.size, self.seed = items, size, seed
-        self.epoch, self.order, self.unreadable = None, None, set()
-
-    def captions(self):
-        """Captions to train a tokenizer on."""
-        return itertools.chain.from_iterable(captions for _, captions in self.items)
-
-    def __getitem__(self, index):
-        while len(self.unreadable) < len(self.items):
-            epoch, i = divmod(index, len(self.items))
-            if epoch != self.epoch:
-                self.epoch = epoch
-                self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
-            i = self.order[i]
-            file, captions = self.items[i]
-            if i not in self.unreadable:
-                try:
-                    return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
-                except OSError as error:
-                    self.unreadable.add(i)
-                    tqdm.write(f"skipped an image: {error}", file=sys.stderr)
-            index += 1
-        raise UserError(f"none of {len(self.items)} images can be read")
-
-
-def open_data(args):
-    """The data set that the options name. -> {split: data set}; prints what was found and what was left out"""
-    if args.data == "shapes":
-        return {split: Shapes(args.image_size, args.seed, split) for split in SPLITS}
-    folder, left_out, found = Path(os.path.abspath(args.data_dir)), collections.defaultdict(list), ""
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {args.data_dir} is not a folder")
-    if args.data in CIFAR:
-        items = list_cifar(args.data, folder, left_out)
-    else:
-        captions, validation, found = list_images(folder, args.data == "coco", left_out)
-        names = dict(sorted((path.relative_to(folder).as_posix(), path) for path in captions))
-        testing = for_testing(names, validation)
-        items = dict(train=[], test=[])
-        for path in names.values():
-            items["test" if path in testing else "train"].append((str(path), captions[path]))
-    found += f"{len(items['train'])} to train on, {len(items['test'])} for testing"
-    for reason, names in left_out.items():
-        some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
-        found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
-    if not all(items.values()):
-        raise UserError(f"{args.data_dir}: too few images with captions: {found}")
-    print(f"{args.data_dir}: {found}")
-    return {split: Images(items[split], args.image_size, args.seed) for split in items}
-
-
-def examples(data, count, start=0):
-    """-> `count` images of a data set from number `start` on (count, H, W, 3) in [0, 1]; the first caption of each"""
-    images, texts = zip(*(data[i] for i in range(start, start + count)))
-    return torch.from_numpy(np.stack(images)) / 255, [text.splitlines()[0] for text in texts]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses of Stages A, B and C. The text encoder's is `contrastive_loss`.
@@ -581,30 +185,6 @@ def bernoulli_mask(p, x):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The optimizer and the training loop, the same for all stages.
-
-
-@dataclass
-class Recipe:
-    steps: int
-    batch: int
-    lr: float  # the peak learning rate
-
-
-RECIPES = {
-    "tiny": dict(text=Recipe(450, 64, 5e-4), a=Recipe(1000, 16, 6e-3), b=Recipe(2350, 16, 1.2e-3),
-                 c=Recipe(600, 64, 1.5e-3)),
-    "quick": dict(text=Recipe(250, 64, 5e-4), a=Recipe(700, 16, 6e-3), b=Recipe(1500, 16, 1.2e-3),
-                  c=Recipe(450, 64, 1.5e-3)),
-    "cifar": dict(text=Recipe(400, 64, 5e-4), a=Recipe(1000, 32, 6e-3), b=Recipe(2000, 64, 1.6e-3),
-                  c=Recipe(3500, 128, 1.5e-3)),
-    "photos": dict(text=Recipe(400, 64, 5e-4), a=Recipe(800, 16, 6e-3), b=Recipe(2200, 32, 1.6e-3),
-                   c=Recipe(1400, 64, 1.5e-3)),
-    "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
-                  c=Recipe(100_000, 256, 2e-4)),
-    # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
-    "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(500_000, 256, 1e-4), b=Recipe(457_000, 512, 1e-4),
-               c=Recipe(500_000, 1536, 1e-4)),
-}
 
 
 class Muon(torch.optim.Optimizer):
@@ -1130,6 +710,429 @@ def report(run, stage, seconds, machine):
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
 NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
+# a string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
+# drawn on the fly: "a big blue square to the left of a small green star".
+
+COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
+           "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
+BACKGROUNDS = {"white": (243, 243, 243), "grey": (150, 150, 150), "dark": (35, 35, 38)}
+# Radius range as a share of the image's side: 16-18 and 24-26 pixels of 128.
+SIZES = {"small": (0.125, 0.14), "big": (0.185, 0.2)}
+# Unit step from the second object to the first (x to the right, y down).
+RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+# Never shown in training: one pair per shape, five different colours. A model must combine them by itself.
+HELD_OUT = {("purple", "circle"), ("yellow", "square"), ("cyan", "triangle"), ("red", "star"), ("green", "cross")}
+SPLITS = ("train", "test", "heldout")
+JITTER = 0.015  # largest random offset of an object's centre, as a share of the side; twice that for a single object
+TINT = {"object": 10, "background": 3}  # largest change of a colour channel, of 255
+
+
+def ring(n, radius, start=-90):
+    """n points on a circle, the first one straight up: (n, 2) array of x, y."""
+    angle = np.radians(start + 360 / n * np.arange(n))
+    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+# Outlines for radius 1. A square fills its box and a star does not: they reach differently far, to look equally big.
+OUTLINES = {
+    "circle": ring(48, 0.95),
+    "square": ring(4, 0.85 * math.sqrt(2), start=-45),
+    "triangle": ring(3, 1.2) + (0, 0.3),  # moved down so that its box, not its centroid, is in the middle
+    "star": np.stack([ring(5, 1.12), ring(5, 0.47, start=-54)], axis=1).reshape(10, 2) + (0, 0.1),
+    "cross": np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
+                       (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]) / 3.0,
+}
+REACH = {shape: float(np.abs(points).max()) for shape, points in OUTLINES.items()}  # half of the longer side
+
+
+@dataclass
+class Scene:
+    objects: list            # one or two (size or None, colour, shape)
+    relation: str = None     # of the first object to the second; None for one object
+    background: str = None   # None: white
+
+    def caption(self):
+        names = []
+        for size, colour, shape in self.objects:
+            words = " ".join(filter(None, (size, colour, shape)))
+            names.append(("an " if words[0] == "o" else "a ") + words)  # only "orange" begins with a vowel
+        text = f" {self.relation} ".join(names)
+        return text + (f" on a {self.background} background" if self.background else "")
+
+
+def random_scene(rng):
+    """40 % one object, 60 % two; size and background are named in some captions only."""
+    def one_of(names):
+        return list(names)[rng.integers(len(names))]
+
+    def thing():
+        return one_of(SIZES) if rng.random() < 0.75 else None, one_of(COLOURS), one_of(OUTLINES)
+
+    background = one_of(BACKGROUNDS) if rng.random() < 0.3 else None
+    first = thing()
+    if rng.random() < 0.4:
+        return Scene([first], None, background)
+    second = thing()
+    while second[1:] == first[1:]:
+        second = thing()
+    return Scene([first, second], one_of(RELATIONS), background)
+
+
+def reserved(caption):
+    """Whether a caption is kept for testing: one in sixteen, by a hash."""
+    return zlib.crc32(caption.encode()) % 16 == 0
+
+
+def split_of(scene):
+    """The one split a scene's caption belongs to."""
+    if any((colour, shape) in HELD_OUT for _, colour, shape in scene.objects):
+        return "heldout"
+    return "test" if reserved(scene.caption()) else "train"
+
+
+def place(scene, rng):
+    """Centres (x, y) of the objects as shares of the side: one in the middle, two in the middles of two halves, so that
+    even big ones don't touch; all with a random offset."""
+    step = np.array(RELATIONS.get(scene.relation, (0, 0)))
+    steps = [step, -step] if scene.relation else [step]
+    return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
+
+
+def draw(scene, rng, size=128):
+    """An image of the scene: uint8 array (size, size, 3). Sizes that it leaves open, exact places and tints are random;
+    without a background, it is white."""
+    def tinted(rgb, most):
+        return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-most, most + 1, size=3)), 0, 255))
+
+    background = scene.background or "white"
+    image = Image.new("RGB", (size, size), tinted(BACKGROUNDS[background], TINT["background"]))
+    radii = [rng.uniform(*SIZES[name or ("small", "big")[rng.integers(2)]]) for name, _, _ in scene.objects]
+    for (_, colour, shape), radius, (x, y) in zip(scene.objects, radii, place(scene, rng)):
+        # Smooth edges: draw only the object's own box, four times as large, and reduce it.
+        r = radius * REACH[shape]
+        left, top, side = int((x - r) * size), int((y - r) * size), int(2 * r * size) + 3
+        outline = (np.array([x, y]) + radius * OUTLINES[shape]) * size - (left, top)
+        mask = Image.new("L", (4 * side, 4 * side))
+        ImageDraw.Draw(mask).polygon((4 * outline - 0.5).ravel().tolist(), fill=255)
+        image.paste(tinted(COLOURS[colour], TINT["object"]), (left, top, left + side, top + side), mask.reduce(4))
+    return np.array(image)
+
+
+class Shapes(Dataset):
+    """split: "train"; "test", captions never trained on; "heldout", captions with a pair of HELD_OUT."""
+
+    def __init__(self, size=128, seed=0, split="train"):
+        self.size, self.seed, self.split = size, seed, split
+
+    def start(self, index):
+        """-> the scene of an image, and the random numbers left to draw it with"""
+        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+        while split_of(scene := random_scene(rng)) != self.split:
+            pass
+        return scene, rng
+
+    def caption(self, index):
+        return self.start(index)[0].caption()
+
+    def captions(self):
+        """Captions to train a tokenizer on."""
+        return map(self.caption, range(20_000))
+
+    def __getitem__(self, index):
+        scene, rng = self.start(index)
+        return draw(scene, rng, self.size), scene.caption()
+
+
+# Data sets on disk. Each reader gives {split: [(image, captions)]}; `Images` repeats that forever, shuffled. What can't
+# be used goes to `left_out`, {reason: [names]}, and is printed.
+
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
+DOWNLOADS = {  # the archives of a data set, and their SHA-256
+    "cifar10": {"https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz":
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    "cifar100": {"https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz":
+                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
+    "coco": {"http://images.cocodataset.org/annotations/annotations_trainval2017.zip":
+             "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+             "http://images.cocodataset.org/zips/val2017.zip":
+             "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"},
+}
+COCO_IMAGES = 5000  # in val2017.zip
+CIFAR = {  # folder, bytes of labels before the pixels (we use the last), names of the labels, records in each file
+    "cifar10": ("cifar-10-batches-bin", 1, "batches.meta.txt",
+                {"test_batch.bin": 10_000} | {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}),
+    "cifar100": ("cifar-100-binary", 2, "fine_label_names.txt", {"test.bin": 10_000, "train.bin": 50_000}),
+}
+
+
+def is_complete(data, data_dir):
+    """Whether all that --download fetches is there, unpacked."""
+    if data == "coco":
+        return (len([*(data_dir / "val2017").glob("*.jpg")]) >= COCO_IMAGES
+                and (data_dir / "annotations" / "captions_val2017.json").exists())
+    folder, skip, names, files = CIFAR[data]
+    sizes = {data_dir / folder / name: n * (skip + 3072) for name, n in files.items()}
+    return (data_dir / folder / names).exists() and all(
+        path.exists() and path.stat().st_size == size for path, size in sizes.items())
+
+
+def download(data, data_dir):
+    """Fetches the archives of a data set into a folder, checks their SHA-256 and unpacks them. Does nothing if all that
+    was in them is there; archives that are there are not fetched again."""
+    if is_complete(data, data_dir):
+        return
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for url, sha256 in DOWNLOADS[data].items():
+        archive = data_dir / url.rsplit("/", 1)[-1]
+        if not archive.exists() or hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
+            try:
+                torch.hub.download_url_to_file(url, archive, hash_prefix=sha256)
+            except Exception as error:  # of many kinds: no network, another hash
+                raise OSError(f"can't fetch {url}: {error}") from error
+        shutil.unpack_archive(archive, data_dir)
+
+
+def list_cifar(data, data_dir, left_out):
+    """CIFAR-10 or CIFAR-100, binary version, or some of its files: data_dir holds cifar-10-batches-bin/ or
+    cifar-100-binary/. A record is its labels, then 32x32 red, green and blue values.
+    -> {split: [(array (32, 32, 3), captions)]}"""
+    folder, skip, names, files = CIFAR[data]
+    place, items, captions = data_dir / folder, dict(train=[], test=[]), []
+    if not place.is_dir():
+        python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
+        raise UserError(f"no {place}{''.join(python)}: --download fetches it")
+    for name in read_text(place / names).replace("_", " ").splitlines():
+        article = "an" if name[:1] in "aeiou" else "a"
+        captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
+    for name, n in files.items():
+        data = np.fromfile(place / name, np.uint8) if (place / name).exists() else np.zeros(0, np.uint8)
+        if len(data) % (skip + 3072) or (data[skip - 1::skip + 3072] >= len(captions)).any():
+            raise UserError(f"{place / name} is cut short or damaged: --download fetches it again")
+        records = data.reshape(-1, skip + 3072)
+        items["test" if "test" in name else "train"] += [
+            (record[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[record[skip - 1]]) for record in records]
+        if len(records) < n:
+            left_out["missing or incomplete files"].append(name)
+    return items
+
+
+def tidy(texts):
+    """A text or a list of texts -> captions: each on one line; what is empty or no text is dropped"""
+    texts = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
+    lines = (" ".join(text.replace("\ufeff", " ").split()) for text in texts)  # U+FEFF: a byte order mark inside
+    return [line.encode(errors="replace").decode() for line in lines if line]  # half of a surrogate pair becomes "?"
+
+
+def parse_json(text):
+    """What a JSON text holds; None if it is no JSON, as after a write that failed"""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def get(row, key, kind=object):
+    """row[key] if row is a dictionary and that is of this kind, else an empty object of the kind"""
+    value = row.get(key) if isinstance(row, dict) else None
+    return value if isinstance(value, kind) else kind()
+
+
+def read_table(file, text, left_out):
+    """metadata.csv, metadata.jsonl or COCO's JSON, and its text -> {file name of an image: captions}"""
+    captions = {}
+    if file.suffix.lower() == ".csv":
+        csv.field_size_limit(2**31 - 1)  # a quotation mark may be missing
+        text = text.replace("\ufeff", "").strip()  # byte order marks
+        separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        names = [name.strip().lower() for name in next(table, [])]
+        while names and not names[-1]:  # empty columns of a spreadsheet
+            names.pop()
+        last = len(names) - 1  # takes what is left of a row: captions have commas, and not all are quoted
+        rows = (dict(zip(names, [*row[:last], f"{separator} ".join(filter(None, row[last:]))])) for row in table)
+    elif file.suffix.lower() == ".jsonl":
+        rows = map(parse_json, filter(str.strip, text.split("\n")))
+    else:
+        coco = parse_json(text)
+        names = {str(get(row, "id")): get(row, "file_name") for row in get(coco, "images", list)}
+        rows = ({"file_name": names.get(str(get(row, "image_id"))), "text": get(row, "caption")}
+                for row in get(coco, "annotations", list))
+    for row in rows:
+        name, lines = get(row, "file_name", str), tidy(get(row, "text") or get(row, "caption"))
+        if name and lines:
+            captions.setdefault(name.strip().replace("\\", "/"), []).extend(lines)
+        else:
+            left_out["rows without file name or caption"].append(file)
+    if not captions:
+        left_out["tables without file_name and text or caption"].append(file)
+    return captions
+
+
+LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+def find_files(folder, left_out):
+    """All files in a folder and its sub-folders, linked ones too; without hidden ones, what file managers leave, and
+    training runs. -> [path]"""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True,
+                                         onerror=lambda error: left_out["unreadable folders"].append(error.filename)):
+        if os.path.realpath(place) in seen or {"config.json", "options.json"} <= {*names}:
+            folders[:] = names[:] = ()  # a loop of links, or a run
+        seen.add(os.path.realpath(place))
+        for some in (folders, names):
+            some[:] = [name for name in some if name[0] != "." and name not in LEFTOVERS]
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # folders before links to them
+        found += [Path(place, name) for name in names]
+    return found
+
+
+def can_open(path):
+    """Whether Pillow recognises an image. Reads only its beginning: the rest may still be broken."""
+    try:
+        if not path.is_file():  # opening a pipe would block
+            return False
+        with Image.open(path):
+            return True
+    except Exception:  # Pillow raises many kinds
+        return False
+
+
+def can_load(path):
+    """Whether all of an image can be read."""
+    try:
+        load_image(path, (32, 32))
+        return True
+    except OSError:
+        return False
+
+
+def list_images(folder, coco, left_out):
+    """The images in a folder that have captions: in a .txt file of the same name, one per line; in metadata.csv or
+    metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
+    image has any of these, the sub-folder's name.
+    -> {path: captions}, the paths that captions_val*.json names, and how many there are of what, in words"""
+    def text_of(file):
+        try:
+            return read_text(file)
+        except OSError:
+            left_out["unreadable files"].append(file)
+            return ""
+
+    def key(path):  # file systems write accents in two ways
+        return unicodedata.normalize("NFC", os.path.normpath(path))
+    files = find_files(folder, left_out)
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    tables = [file for file in files
+              if (file.suffix == ".json" if coco else file.name.lower() in ("metadata.csv", "metadata.jsonl"))]
+    others = {*files} - {*tables, *texts.values()}
+    images = {file for file in tqdm(others, "images", delay=5) if can_open(file)}
+    left_out["files that Pillow can't open"] += sorted(others - images)
+    beside = {path: tidy(text_of(texts[path.with_suffix("")]).splitlines())
+              for path in images if path.with_suffix("") in texts}
+    listed, validation, by_key, by_name = {}, set(), {key(path): path for path in images}, collections.defaultdict(list)
+    for path in images:
+        by_name[path.name].append(path)
+    for table in [table for table in tables if "captions" in table.name] or tables:
+        subset = table.stem.removeprefix("captions_")  # the images of captions_val2017.json are in val2017/
+        is_validation = coco and re.search("(?<![a-z])val", subset)
+        for name, lines in read_table(table, text_of(table), left_out).items():
+            path = by_key.get(key(table.parent / name)) or coco and by_key.get(key(folder / subset / name))
+            if coco and not path:  # other data in this format has other folders: the one image whose path ends so
+                same = by_name[Path(name).name]
+                ends = [path for path in same if key(path).endswith(key(f"/{name}"))] or same
+                path = ends[0] if len(ends) == 1 else None
+            if path:
+                listed.setdefault(path, []).extend(lines)
+                if is_validation:
+                    validation.add(path)
+            else:
+                left_out["captions of missing images"].append(name)
+    captioned = {path.parent for some in (beside, listed) for path, lines in some.items() if lines}
+    named = {path: tidy(path.parent.name.replace("_", " ")) for path in images
+             if not coco and path.parent not in {folder, *captioned}}
+    captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
+    left_out["images without caption"] += sorted(images - captions.keys())
+    by_folder = f", {len(named)} of them the name of a folder" if named else ""
+    return captions, validation, f"{len(images)} images, {len(captions)} with captions{by_folder}; "
+
+
+def for_testing(names, validation):
+    """The images kept for testing: those of the validation set, if there are others too; else the first that can be
+    read, and about one in ten, by a hash of its name (not by that of `reserved`, which is equal for a.png and b.png).
+    names: {name: path}, sorted; validation: set of paths -> set of paths"""
+    if len(validation) < len(names) and any(map(can_load, sorted(validation))):
+        return validation
+    first = next(filter(can_load, names.values()), None)
+    digests = (hashlib.md5(name.encode(errors="surrogatepass"), usedforsecurity=False).digest() for name in names)
+    testing = {first, *(path for path, digest in zip(names.values(), digests) if digest[0] < 26)}
+    return testing if len(testing) < len(names) else {first}
+
+
+class Images(Dataset):
+    """Endless data set over a list of images, reshuffled every epoch. If an image can't be read, its name is printed,
+    and the next one takes its place. items: [(path or array, captions)]"""
+
+    def __init__(self, items, size, seed=0):
+        self.items, self.size, self.seed = items, size, seed
+        self.epoch, self.order, self.unreadable = None, None, set()
+
+    def captions(self):
+        """Captions to train a tokenizer on."""
+        return itertools.chain.from_iterable(captions for _, captions in self.items)
+
+    def __getitem__(self, index):
+        while len(self.unreadable) < len(self.items):
+            epoch, i = divmod(index, len(self.items))
+            if epoch != self.epoch:
+                self.epoch = epoch
+                self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.items))
+            i = self.order[i]
+            file, captions = self.items[i]
+            if i not in self.unreadable:
+                try:
+                    return np.array(load_image(file, (self.size, self.size))), "\n".join(captions)
+                except OSError as error:
+                    self.unreadable.add(i)
+                    tqdm.write(f"skipped an image: {error}", file=sys.stderr)
+            index += 1
+        raise UserError(f"none of {len(self.items)} images can be read")
+
+
+def open_data(args):
+    """The data set that the options name. -> {split: data set}; prints what was found and what was left out"""
+    if args.data == "shapes":
+        return {split: Shapes(args.image_size, args.seed, split) for split in SPLITS}
+    folder, left_out, found = Path(os.path.abspath(args.data_dir)), collections.defaultdict(list), ""
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {args.data_dir} is not a folder")
+    if args.data in CIFAR:
+        items = list_cifar(args.data, folder, left_out)
+    else:
+        captions, validation, found = list_images(folder, args.data == "coco", left_out)
+        names = dict(sorted((path.relative_to(folder).as_posix(), path) for path in captions))
+        testing = for_testing(names, validation)
+        items = dict(train=[], test=[])
+        for path in names.values():
+            items["test" if path in testing else "train"].append((str(path), captions[path]))
+    found += f"{len(items['train'])} to train on, {len(items['test'])} for testing"
+    for reason, names in left_out.items():
+        some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
+        found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
+    if not all(items.values()):
+        raise UserError(f"{args.data_dir}: too few images with captions: {found}")
+    print(f"{args.data_dir}: {found}")
+    return {split: Images(items[split], args.image_size, args.seed) for split in items}
+
+
+def examples(data, count, start=0):
+    """-> `count` images of a data set from number `start` on (count, H, W, 3) in [0, 1]; the first caption of each"""
+    images, texts = zip(*(data[i] for i in range(start, start + count)))
+    return torch.from_numpy(np.stack(images)) / 255, [text.splitlines()[0] for text in texts]
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
