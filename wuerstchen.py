@@ -576,12 +576,14 @@ class VQGAN(nn.Module):
 
     def encode(self, images):
         """images (B, H, W, 3) in [0, 1] -> latents before quantization (B, H/4, W/4, 4)"""
-        x = self.to_latents(self.encoder(self.from_pixels(space_to_depth(images, 2))))
+        x = self.from_pixels(space_to_depth(images, 2))      # (B, H/2, W/2, c[0])
+        x = self.to_latents(self.encoder(x))                 # (B, H/4, W/4, 4)
         return self.latent_norm(x.flatten(0, 2)).view_as(x)
 
     def decode(self, latents):
         """latents (B, h, w, 4), quantized or not -> images (B, 4h, 4w, 3), not clamped"""
-        return depth_to_space(self.to_pixels(self.decoder(self.from_latents(latents))), 2)
+        x = self.decoder(self.from_latents(latents))         # (B, 2h, 2w, c[0])
+        return depth_to_space(self.to_pixels(x), 2)          # (B, 4h, 4w, 3)
 
     def forward(self, images):
         """images (B, H, W, 3) in [0, 1] -> reconstruction (B, H, W, 3), latents (B, H/4, W/4, 4),
@@ -793,26 +795,26 @@ class StageB(nn.Module):
 
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 4), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 4)"""
-        h = self.out(self.unet(x, t, conditions))
+        h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
         # x = a + b·eps: the network says how much of x is clean (a), and how large the noise in it is (b).
-        a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)
+        a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)  # (B, h, w, 4) each
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
 
     def unet(self, x, t, conditions):
         """All but the last layer. x (B, h, w, channels), the rest as in `predict_eps` -> (B, h/patch, w/patch, c[0])"""
-        time, depth = time_embedding(t, self.time_width), len(self.down)
-        h, skips = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch))), []
+        time, depth = time_embedding(t, self.time_width), len(self.down)             # (B, time_width)
+        h, skips = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch))), []  # (B, h/patch, w/patch, c[0])
         for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.down, conditions[:depth])):
             if i > 0:
-                h = self.downscale[i - 1](h)
+                h = self.downscale[i - 1](h)              # half as high and wide, c[i] channels
             h = blocks(h, time, text_kv, None, semantic)
             skips.append(h)
         skips.pop()  # the lowest level's output is h itself
         for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.up, conditions[depth:])):
             h = blocks(h, time, text_kv, skips.pop() if i > 0 else None, semantic)
             if i < len(self.upscale):
-                h = self.upscale[i](h)
+                h = self.upscale[i](h)                    # twice as high and wide
         return self.out_norm(h)
 
 
@@ -924,8 +926,8 @@ class StageC(nn.Module):
 
         With a = b = 0, as at first, eps is x: right for t near 1.
         x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
-        h = self.blocks(self.embed(x), time_embedding(t, self.time_width), conditions)
-        a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)
+        h = self.blocks(self.embed(x), time_embedding(t, self.time_width), conditions)  # (B, h, w, width)
+        a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)                              # (B, h, w, 16) each
         return (x - a) / ((1 - b.float()).abs() + 1e-5)
 
 
@@ -1046,8 +1048,8 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
     x0 that was predicted before the step, and the time reached; what it returns is the new x. ValueError for another
     sampler. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
-        eps = guided(network, x, t, conditions, guidance)
-        x0 = predict_x0(x, eps, t)
+        eps = guided(network, x, t, conditions, guidance)  # (B, H, W, C)
+        x0 = predict_x0(x, eps, t)                         # (B, H, W, C)
         if sampler == "ddpm":
             x = ddpm_step(x, eps, t, t_next, normal_noise(x.shape, generator, x.device))
         elif sampler == "ddim":
