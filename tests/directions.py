@@ -191,8 +191,8 @@ def noisier_conditions(*given, conditions=train.noisy_conditions):
 
 
 def tokens(args):
-    """Version 1's Stage B as published, and with more and more changes: Stage B alone. Then with all of them, by 2500
-    steps of B, which take as long as B's in the default run, and with Stage C."""
+    """Version 1's Stage B as published, and with more and more changes: Stage B alone. Then with all of them and Stage
+    C, by 2500 steps of B, which take about as long as B's in the default run."""
     b = replace(PRESETS["quick"].b, token_width=128, sees_semantic=(False, False))
     places = dict(b=replace(b, heads=(4, 4)), stages="b", patches={"wuerstchen.TokenStageB": PlacedTokenStageB})
     late = places | dict(patches=places["patches"] | {"train.token_stage_b_loss": late_token_stage_b_loss})
