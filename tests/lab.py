@@ -976,7 +976,8 @@ def finale(count=96, options=("--steps", "300", "--cache", "4096")):
     drawn = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(count)])
     sample.make_sheet([drawn[:8], theirs], captions[:8]).save("lab_finale.png")
     print("lab_finale.png: what yours draws, above what the model that comes with the code draws\n"
-          f"{score.check_all(drawn, captions)['whole']:.0%} of {count} whole captions right after {minutes:.1f} minutes")
+          f"{score.check_all(drawn, captions)['whole']:.0%} of {count} whole captions right after {minutes:.1f} "
+          "minutes")
 
 
 def main(argv=None):
