@@ -273,9 +273,11 @@ class ResBlock(nn.Module):
     def forward(self, x, skip=None, semantic=None):
         """x (B, H, W, C); skip and semantic (B, H, W, ...) or None -> (B, H, W, C)"""
         h = self.norm(self.depthwise(x))
-        h = torch.cat([y for y in (h, skip, semantic) if y is not None], dim=-1)
-        h = self.grn(F.gelu(self.expand(h)))
-        return x + self.project(self.dropout(h))
+        return x + self.mlp(torch.cat([y for y in (h, skip, semantic) if y is not None], dim=-1))
+
+    def mlp(self, h):
+        """(B, H, W, C + extra_channels) -> (B, H, W, C)"""
+        return self.project(self.dropout(self.grn(F.gelu(self.expand(h)))))
 
 
 class TimestepBlock(nn.Module):
@@ -828,9 +830,7 @@ class SkipFirstResBlock(ResBlock):
 
     def forward(self, x, skip, semantic=None):
         """x and skip (B, H, W, C) -> (B, H, W, C)"""
-        h = self.norm(self.depthwise(torch.cat([x, skip], dim=-1)))
-        h = self.grn(F.gelu(self.expand(h)))
-        return x + self.project(self.dropout(h))
+        return x + self.mlp(self.norm(self.depthwise(torch.cat([x, skip], dim=-1))))
 
 
 class TokenStageB(StageB):
