@@ -249,14 +249,62 @@ def ema_update(averages, params, steps):
     torch._foreach_lerp_(averages, params, 1 - min(0.999, (1 + steps.item()) / (10 + steps.item())))
 
 
-def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_scale=lambda name: 1):
-    """Trains a network and returns its moving average. A checkpoint is written every --save-every steps; after Ctrl-C
-    or a crash, the next call goes on from it.
+def learning_rate(recipe, step):
+    """A linear warm-up, as in the authors' script; then a cosine down to 0, which short runs need."""
+    warm_up = min(10_000, recipe.steps // 20 + 1)
+    return recipe.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
 
-    batches(first, recipe) yields batches from step `first` on; loss_fn(network, batch, step) -> the loss to minimise
-    and a dictionary of numbers to log (a "loss" among them is logged in its place);
-    preview(average, images, captions) -> rows of images for a sheet; held_out: batches of test data; the
-    average's mean loss on them is logged, always with the same noise and as at step 0;
+
+def update(network, average, optimizers, scaler, lr):
+    """Clips the gradient to norm 1, as the authors do, and takes a step of the optimizers and of the moving average.
+    -> False if a gradient is NaN or inf: then nothing is changed"""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+    finite = nn.utils.clip_grad_norm_(network.parameters(), 1.0).isfinite()
+    if finite:
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        average.update_parameters(network)
+    else:  # BatchNorm has already counted this batch; the average has its last good statistics
+        for good, buffer in zip(average.module.buffers(), network.buffers()):
+            buffer.copy_(good)
+    scaler.update()
+    return finite
+
+
+def restore(path, parts, stage, recipe):
+    """Loads an unfinished stage's checkpoint into its parts, {name: module, optimizer or scaler}. -> steps done"""
+    state = load_file(path, map_location=next(parts["network"].parameters()).device)
+    for name, part in parts.items():
+        if state[name]:  # a scaler's is empty unless the precision was float16
+            load_state(part, state[name], path)
+    if state["step"] > recipe.steps:
+        raise UserError(f"{path} is from step {state['step']}: give more --steps, or delete it")
+    begun = state.get("recipe", asdict(recipe))
+    changed = [f", {name} {value} (begun with {begun[name]})" for name, value in asdict(recipe).items()
+               if value != begun[name]]
+    print(f"stage {stage}: resuming from step {state['step']}{''.join(changed)}")
+    return state["step"]
+
+
+@torch.no_grad()
+def held_out_loss(network, batches, loss_fn):
+    """The mean loss on batches of test data, always with the same noise and as at step 0."""
+    torch.manual_seed(0)
+    results = [loss_fn(network, batch, 0) for batch in batches]
+    return torch.stack([numbers.get("loss", loss) for loss, numbers in results]).mean()
+
+
+def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_scale=lambda name: 1):
+    """Trains a network and returns its moving average. Writes a checkpoint every --save-every steps, from which the
+    next call resumes after Ctrl-C or a crash.
+
+    batches(first, recipe) yields batches from step `first` on;
+    loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log, where "loss" replaces it;
+    preview(average, images, captions) -> rows of images for a sheet;
+    held_out: batches of test data, for `held_out_loss`;
     lr_scale: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
@@ -264,73 +312,44 @@ def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_sca
     optimizers = make_optimizers(network, lr_scale,
                                  torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "float16")
-    checkpointed = dict(network=network, average=average, scaler=scaler, **dict(zip(("adamw", "muon"), optimizers)))
-    step, bad, warm_up = 0, 0, min(10_000, recipe.steps // 20 + 1)
-    if path.exists():
-        state = load_file(path, map_location=run.device)
-        for name, part in checkpointed.items():
-            if state[name]:  # a scaler's is empty unless the precision was float16
-                load_state(part, state[name], path)
-        step = state["step"]
-        if step > recipe.steps:
-            raise UserError(f"{path} is from step {step}: give more --steps, or delete it")
-        begun = state.get("recipe", asdict(recipe))
-        changed = [f", {name} {value} (begun with {begun[name]})" for name, value in asdict(recipe).items()
-                   if value != begun[name]]
-        print(f"stage {stage}: resuming from step {step}{''.join(changed)}")
+    parts = dict(network=network, average=average, scaler=scaler, **dict(zip(("adamw", "muon"), optimizers)))
+    step = restore(path, parts, stage, recipe) if path.exists() else 0
     for module in network.modules():
         if args.compile and isinstance(module, (StageB, StageC)):
             module.compile()
 
-    start, first = time.time(), step
+    start, first, skipped = time.time(), step, 0
     bar = tqdm(batches(step, recipe), f"stage {stage}", recipe.steps, initial=step, unit="step")
     for batch in bar:
-        # Linear warm-up as the authors have it, then a cosine down to 0: short runs need it more than theirs.
-        lr = recipe.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-        # Each step of each seed has its own noise, and a run that goes on the same as one that was never stopped.
-        torch.manual_seed(1 + args.seed * recipe.steps + step)
+        torch.manual_seed(1 + args.seed * recipe.steps + step)  # one seed per step: a resumed run has the same noise
         network.zero_grad()
         with run.autocast():
             loss, numbers = loss_fn(network, batch, step)
         scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # as the authors do
-        if norm.isfinite():
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            average.update_parameters(network)
-            bad = 0
-        else:  # leave the step out, and restore BatchNorm's statistics, of which the average has the last good ones
-            for old, new in zip(average.module.buffers(), network.buffers()):
-                new.copy_(old)
-            bad += 1
-            print(f"stage {stage}: skipped step {step + 1}, its gradient is NaN or inf", file=sys.stderr)
-            if bad == 10:
-                raise UserError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
-        scaler.update()
+        lr = learning_rate(recipe, step)
+        finite = update(network, average, optimizers, scaler, lr)
         step += 1
-        done = step == recipe.steps
-        checkpoint = step % args.save_every == 0 or done
+
+        skipped = 0 if finite else skipped + 1
+        if skipped:
+            print(f"stage {stage}: skipped step {step}, its gradient is NaN or inf", file=sys.stderr)
+        if skipped == 10:
+            raise UserError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
+        checkpoint = step % args.save_every == 0 or step == recipe.steps
         if checkpoint and held_out:
-            torch.manual_seed(0)
-            with torch.no_grad(), run.autocast():
-                found = [loss_fn(average.module, batch, 0) for batch in held_out]
-            numbers["held_out"] = torch.stack([more.get("loss", loss) for loss, more in found]).mean()
+            with run.autocast():
+                numbers["held_out"] = held_out_loss(average.module, held_out, loss_fn)
         if step % args.log_every == 0 or checkpoint:
             speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
-        if preview and checkpoint:
+        if checkpoint and preview:
             images, captions = examples(run.test_data, 8)
             sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
         if step % args.save_every == 0:
             save_atomically(path, dict(step=step, recipe=asdict(recipe),
-                                       **{name: part.state_dict() for name, part in checkpointed.items()}))
+                                       **{name: part.state_dict() for name, part in parts.items()}))
     return average.module
 
 
