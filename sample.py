@@ -1,25 +1,23 @@
 """
-Draws images with a trained run:
+Generates images with a trained model:
 
     python sample.py "a big red circle to the left of a small blue square"
     python sample.py "a red star" "a green cross above a pink circle" --count 4 --seed 7 --out grid.png
     python sample.py "a photo of a fox" --official DIR    with the published weights, from a copy of their snapshots
-    python sample.py "a red star" --film film.gif         and how it appears, step by step of Stage C
+    python sample.py "a red star" --film film.gif         and an animation of Stage C's steps
     python sample.py --reconstruct photo.png              what Stage A (stride 4) and Stage B (42x smaller) keep of it
-    python sample.py --vary photo.png                     the same semantic latents, drawn anew by Stage B
+    python sample.py --vary photo.png                     the same semantic latents, decoded by Stage B with new noise
     python sample.py --mix a.png b.png                    interpolates between the semantic latents of two images
     python sample.py --redraw photo.png "a red star" --strength 0.6
-    python sample.py --fill photo.png mask.png "a red star"      draws only where the mask is white
+    python sample.py --fill photo.png mask.png "a red star"      generates only where the mask is white
 
-Images are numbered row by row, and image i has the seed --seed + i: with that seed it comes out the same when drawn
-alone (but for rounding).
+Images are numbered row by row from 0. Image i has the seed --seed + i: generated alone with that seed, it is the same
+(except for rounding).
 """
 
 import argparse
 import functools
 import io
-import itertools
-import math
 import os
 import sys
 import textwrap
@@ -40,7 +38,7 @@ from wuerstchen import Wuerstchen, add_noise, generators, normal_noise
 
 def load_image(file, size, background="white"):
     """An image file's path, or its pixels as a uint8 array -> PIL image in RGB of size (height, width): upright,
-    transparency on the background, scaled and cut to the middle. OSError if it can't be read."""
+    transparency on the background, scaled and centre-cropped. OSError if it can't be read."""
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else Image.open(file)
         image.draft("RGB", (2 * size[1], 2 * size[0]))  # a large JPEG need not be decoded in full
@@ -61,7 +59,7 @@ def load_mask(image, mask, size):
     white = to_tensor(load_image(mask, size, "black")).mean(dim=-1) > 0.5
     (w, h), (mask_w, mask_h) = (ImageOps.exif_transpose(Image.open(file)).size for file in (image, mask))
     if abs(w * mask_h - h * mask_w) > max(w, h):
-        raise UserError(f"{mask} has another shape than {image}: {mask_w}x{mask_h} and {w}x{h} pixels")
+        raise UserError(f"{mask} has another aspect ratio than {image}: {mask_w}x{mask_h} and {w}x{h} pixels")
     return white
 
 
@@ -89,49 +87,6 @@ def make_sheet(rows, captions=(), gap=4):
         ImageDraw.Draw(sheet).multiline_text((gap + x * (width + gap), len(rows) * (height + gap) + gap),
                                              "\n".join(caption), "black", spacing=0)
     return sheet
-
-
-def make_chart(curves, x_label, y_label, log=False):
-    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0.
-    "..., held out" is dashed, in the colour of the curve before it."""
-    chart = Image.new("RGB", (640, 360), "white")
-    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
-
-    def axis(values, start, end, log):
-        """-> a function from values to pixels, and the values that get a tick"""
-        low, high = min(values) if log else min(0, *values), max(values)
-        scale = math.log10 if log else float
-        span = scale(high) - scale(low) or 1
-        nice = [m * 10.0 ** e for e in range(-9, 10) for m in (1, 2, 5)]
-        step = next((step for step in nice if step >= span / 6), span)
-        ticks = nice if log else [i * step for i in range(math.floor(low / step), math.floor(high / step) + 1)]
-        return lambda v: start + (scale(v) - scale(low)) / span * (end - start), [v for v in ticks if low <= v <= high]
-
-    (to_x, x_ticks), (to_y, y_ticks) = (
-        axis([point[i] for curve in curves.values() for point in curve], start, end, log and i == 1)
-        for i, (start, end) in enumerate(((left, right), (bottom, top))))
-    for v in x_ticks:
-        pen.line([(to_x(v), top), (to_x(v), bottom)], "#dddddd")
-        pen.text((to_x(v), bottom + 6), f"{v:g}", "black", anchor="ma")
-    for v in y_ticks:
-        pen.line([(left, to_y(v)), (right, to_y(v))], "#dddddd")
-        pen.text((left - 6, to_y(v)), f"{v:g}", "black", anchor="rm")
-    pen.text((right, bottom + 22), x_label, "black", anchor="ra")
-    pen.text((left, 4), y_label, "black")
-    palette = itertools.cycle(("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444"))
-    for i, (label, curve) in enumerate(curves.items()):
-        held_out = label.endswith(", held out")
-        colour = colour if held_out else next(palette)
-        points = np.array([(to_x(x), to_y(y)) for x, y in curve])
-        for start, end in zip(points, points[1:]):
-            dashes = np.linspace(start, end, 10 if held_out else 2)
-            for a, b in zip(dashes[::2], dashes[1::2]):
-                pen.line([*a, *b], colour, 2)
-        for x, y in points if len(points) < 30 else ():
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
-        pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
-    return chart
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -177,8 +132,8 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 @torch.no_grad()
 def redraw(model, images, prompts, strength=0.6, negative="", steps=(None, None), guidance=(None, None), seed=None,
            sampler="ddpm"):
-    """Draws prompts over images: Stage C starts from their semantic latents, noised to time `strength` (SDEdit, Meng et
-    al., 2022). At 0, Stage B alone draws, as in `reconstruct`; at 1 the image is ignored, as in `generate`."""
+    """Changes images to fit prompts: Stage C starts from their semantic latents, noised to time `strength` (SDEdit,
+    Meng et al., 2022). At 0, Stage C is skipped, as in `reconstruct`; at 1 the image is ignored, as in `generate`."""
     generator, semantic = generators(seed, len(images)), model.compress(images)
     if strength > 0:
         times = model.times(steps[0], "c")
@@ -202,10 +157,10 @@ def keep(known, mask, noise):
 @torch.no_grad()
 def fill(model, images, masks, prompts, negative="", steps=(None, None), guidance=(None, None), seed=None,
          sampler="ddpm"):
-    """Draws the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool, True
-    where to draw; a latent is drawn if any of its pixels is. prompts describe the whole images."""
+    """Generates the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool,
+    True where to generate; a latent is generated if any of its pixels is masked. prompts describe the whole images."""
     if model.config.b.token_width:
-        raise UserError("only a Stage B that works on latents can fill, not one on tokens")
+        raise UserError("--fill needs a Stage B that works on latents, not on tokens")
     options = dict(generator=generators(seed, len(images)), sampler=sampler)
     semantic, latents = model.c.normalise(model.compress(images)), model.a.encode(images) / model.a.scale
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
@@ -221,9 +176,9 @@ def fill(model, images, masks, prompts, negative="", steps=(None, None), guidanc
 
 @torch.no_grad()
 def film(model, prompts, seeds, size=None, negative="", steps=(None, None), guidance=(None, None), sampler="ddpm"):
-    """How images appear: Stage C's estimate of x0 at each of its steps, drawn by Stage B in 4 steps with the noise of
+    """How images appear: Stage C's estimate of x0 at each of its steps, decoded by Stage B in 4 steps with the noise of
     the final image. seeds: list of B ints, size (height, width)
-    -> list of images (B, H, W, 3), the last one as `generate` draws it"""
+    -> list of images (B, H, W, 3), the last one as by `generate`"""
     semantic_size, latent_size = model.config.grid(*(size or [model.config.image_size] * 2))
     generator, estimates = generators(seeds, len(prompts)), []
 
@@ -258,7 +213,7 @@ def number(kind, low, high):
 
 
 def image_file(path, **options):
-    """For argparse: the path of an image that Pillow can write, with these options of its."""
+    """For argparse: the path of an image that Pillow can write with these options."""
     try:
         kind = Image.registered_extensions()[Path(path).suffix.lower()]
         Image.new("RGB", (64, 64)).save(io.BytesIO(), kind, **options)
@@ -270,7 +225,7 @@ def image_file(path, **options):
 
 
 def run_script(main, stopped):
-    """Runs a script. An error that the user can fix ends in one line, a mistake of ours in a traceback."""
+    """Runs a script. An error that the user can fix ends with one line, a bug with a traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal can't print
     try:
@@ -285,11 +240,11 @@ def run_script(main, stopped):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw images from captions with a trained Würstchen.")
+    parser = argparse.ArgumentParser(description="Generate images from captions with a trained Würstchen.")
     add = parser.add_argument
-    add("prompts", help="what to draw; several make a grid", nargs="*", metavar="PROMPT")
+    add("prompts", help="captions to generate images for; several make a grid", nargs="*", metavar="PROMPT")
     add("--run", help="folder of the run (default: the one that comes with the code)", default=EXAMPLE)
-    add("--official", help="draw with the published weights: a folder with the hub's snapshots wuerstchen-prior, "
+    add("--official", help="use the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", type=image_file, default="out.png")
     add("--count", help="images per prompt (1; with --vary 4), or frames of --mix (7)", type=number(int, 1, 10_000))
@@ -306,19 +261,19 @@ def parse_args(argv=None):
     add("--cfg-b", help="the same of Stage B", type=number(float, 0, 100))
     add("--sampler", help="ddim adds no noise on the way (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", help="default: auto, the best that there is", choices=DEVICES)
-    add("--strength", help="of --redraw's noise: 0 only rebuilds the image, 1 ignores it (default: 0.6)", default=0.6,
-        type=number(float, 0, 1))
+    add("--strength", help="how much noise --redraw adds: 0 only reconstructs the image, 1 ignores it (default: 0.6)",
+        default=0.6, type=number(float, 0, 1))
     add = parser.add_mutually_exclusive_group().add_argument
     add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF",
         type=functools.partial(image_file, save_all=True))
-    add("--reconstruct", help="images to compress and rebuild", nargs="+", metavar="IMAGE")
-    add("--vary", help="draw an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
+    add("--reconstruct", help="images to compress and reconstruct", nargs="+", metavar="IMAGE")
+    add("--vary", help="decode an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
-    add("--redraw", help="draw the prompts, starting from this image and noise", nargs=1, metavar="IMAGE")
-    add("--fill", help="draw the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
+    add("--redraw", help="change this image to fit the prompts", nargs=1, metavar="IMAGE")
+    add("--fill", help="generate the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
     args = parser.parse_args(argv)
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
-        parser.error("nothing to draw: give a PROMPT")
+        parser.error("nothing to generate: give a PROMPT")
     args.count = args.count or (7 if args.mix else 4 if args.vary else 1)
     return args
 
@@ -332,10 +287,10 @@ def main(argv=None):
     else:
         without_c = args.reconstruct or args.vary or args.mix
         model = Wuerstchen.load(args.run, ("text", "a", "b") if without_c else ("text", "a", "b", "c")).to(device)
-        print(f"drawing with {args.run}" + ", which comes with the code" * (args.run == EXAMPLE))
+        print(f"generating with {args.run}" + ", which comes with the code" * (args.run == EXAMPLE))
     print_machine(device, str(dtype).removeprefix("torch."))
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        sheet = draw(model, args)
+        sheet = generate(model, args)
     try:
         sheet.save(args.out)
     except Exception as error:  # a format may be too small for this sheet
@@ -345,7 +300,7 @@ def main(argv=None):
     print(f"wrote {args.out}" + f" and {args.film}" * bool(args.film))
 
 
-def draw(model, args):
+def generate(model, args):
     """What the command asks for -> PIL image"""
     for prompt in (*args.prompts, args.negative):
         if rest := model.tokenizer.overflow(prompt):
@@ -361,13 +316,13 @@ def draw(model, args):
                    guidance=(args.cfg, args.cfg_b), sampler=args.sampler)
     b_options = options | dict(steps=args.steps_b, guidance=args.cfg_b)
     paths = args.reconstruct or args.mix or args.vary or args.redraw or (args.fill or [])[:1]
-    images = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
+    given = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
     mask = load_mask(*args.fill, size).to(model.device) if args.fill else None
     if args.reconstruct:
-        return make_sheet([images, *model.reconstruct(images, prompts, seeds, **b_options)],
+        return make_sheet([given, *model.reconstruct(given, prompts, seeds, **b_options)],
                           [Path(path).name for path in paths])
     if args.mix:
-        return make_sheet([mix(model, images, prompts[0], args.count, args.seed, **b_options)])
+        return make_sheet([mix(model, given, prompts[0], args.count, args.seed, **b_options)])
     if args.film:
         frames = [to_sheet(frame, args) for frame in film(model, prompts, seeds, size, **options)]
         frames[0].save(args.film, save_all=True, append_images=frames[1:], loop=0,
@@ -380,8 +335,8 @@ def draw(model, args):
         bar.update()
         return x
 
-    def draw_batch(prompts, seeds):
-        batch = images.expand(len(prompts), -1, -1, -1) if paths else None
+    def generate_batch(prompts, seeds):
+        batch = given.expand(len(prompts), -1, -1, -1) if paths else None
         if args.vary or args.redraw:
             return redraw(model, batch, prompts, 0 if args.vary else args.strength, seed=seeds, **options)
         if args.fill:
@@ -390,11 +345,11 @@ def draw(model, args):
         return model.generate(prompts, size=size, seed=seeds, after_step=advance, **options)
 
     n = max(1, 800_000 // (size[0] * size[1]))  # images that fit into memory at once
-    drawn = torch.cat([draw_batch(prompts[i:i + n], seeds[i:i + n]) for i in range(0, len(prompts), n)])
+    images = torch.cat([generate_batch(prompts[i:i + n], seeds[i:i + n]) for i in range(0, len(prompts), n)])
     bar.close()
-    if list(drawn.shape[1:3]) != size:
-        print(f"drawn at {drawn.shape[1]}x{drawn.shape[2]}: the stages can't draw every size")
-    return to_sheet(drawn, args)
+    if list(images.shape[1:3]) != size:
+        print(f"generated at {images.shape[1]}x{images.shape[2]}: the stages can't generate every size")
+    return to_sheet(images, args)
 
 
 def to_sheet(images, args):

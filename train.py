@@ -7,19 +7,19 @@ Trains Würstchen from nothing, stage by stage:
     python train.py c --steps 5000                       one stage again, for longer
 
 First the tokenizer and, contrastively, a text encoder (the paper takes CLIP's); then the paper's order: Stage A,
-Stage B with its semantic compressor, Stage C on the compressor's latents. Stage B reads the text encoder as it is;
-Stage C goes on training its own copy. The README lists what differs from the authors' training. What a run leaves in
-its folder:
+Stage B with its semantic compressor, Stage C on the compressor's latents. Stage B uses the text encoder unchanged;
+Stage C continues training its own copy. The README lists what differs from the authors' training. A run writes these
+files to its folder:
 
     config.json, tokenizer/     sizes and vocabulary
-    options.json                the options that later commands take over
+    options.json                the options that later commands reuse
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
     clip.pt                     the whole contrastive model, by which tests/score.py judges
-    STAGE.ckpt, cache/          an unfinished stage, and what it learns from
+    STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
     metrics.jsonl               a line every few steps: loss (in B and C also by quarter of the time: loss_0, ...,
                                 loss_75), learning rate, images per second; at checkpoints, the loss of test images
     sheets/, curves.png         images that show the progress, and the losses
-    report.md                   the machine, what each stage took, and where it got to
+    report.md                   the machine; the time, memory and last losses of each stage
 
 Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data and the command line.
 """
@@ -55,7 +55,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sample import DEVICES, load_image, make_chart, make_sheet, number, pick_device, print_machine, run_script
+from sample import DEVICES, load_image, make_sheet, number, pick_device, print_machine, run_script
 from tokenizer import Tokenizer, UserError, read_json, read_text
 from wuerstchen import (CLIP, PRESETS, Discriminator, StageB, StageC, Wuerstchen, add_noise, alpha_bar,
                         contrastive_loss, diffusion_loss, load_file, load_state, replace_tokens, rescaled,
@@ -113,63 +113,71 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
     return loss_gen, loss_disc, mse, latents.detach(), codes
 
 
-def noisy_conditions(compressor, small, text, null_text):
-    """What Stage B is given when it trains: the text and the semantic latents e. To draw without them too, and because
-    Stage C's e will never be exact, B learns with
+def noisy_conditions(compressor, resized, text, null_text):
+    """What Stage B is given when it trains: the text and the semantic latents e. So that B can also generate
+    without either, and tolerates the errors in Stage C's e, training changes both:
 
-        text: replaced by the null caption for 25 % of the images (the authors: 5 %)
-        e: noised at a random time in [0, 0.5] for 10 % of the images that have a caption (the authors: in 30 %
-           of the batches, with and without captions); then zeroed for 5 % of all
+        text: replaced by the null caption for 25% of the images (the authors: 5%)
+        e: noised at a random time in [0, 0.5] for 10% of the images that have a caption (the authors: in 30%
+           of the batches, with and without captions); then zeroed for 5% of all
 
     each choice by a `bernoulli_mask` of its own.
 
-    We drop so many captions because Shapes' say nearly all that an image shows: B would read them instead of e. Where
-    there is no caption, e is all that B has, and is never noised.
+    We drop so many captions because those of Shapes say nearly all that an image shows: B would read them instead of e.
+    Where there is no caption, e is all that B has, and is never noised.
 
-    small: what the compressor sees (B, 3H/4, 3W/4, 3), in [0, 1]; text (B, L, width); null_text (1, L, width): the null
-    caption, that is the empty one, encoded -> e (B, hs, ws, 16), text (B, L, width)"""
+    resized: what the compressor sees (B, rescale·H, rescale·W, 3), in [0, 1]; text (B, L, width); null_text
+    (1, L, width): the null caption, that is the empty one, encoded (`Run.encode`)
+    -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
-    semantic = compressor(small).float()
-    noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(len(small), device=small.device) / 2)
-    semantic = torch.where(bernoulli_mask(0.1, semantic) & ~drop_text[..., None], noised, semantic)
-    return torch.where(bernoulli_mask(0.05, semantic), 0, semantic), text
+    semantic = compressor(resized).float()
+    noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(len(resized), device=resized.device) / 2)
+    noise_semantic = bernoulli_mask(0.1, semantic) & ~drop_text[..., None]
+    drop_semantic = bernoulli_mask(0.05, semantic)
+    semantic = torch.where(noise_semantic, noised, semantic)
+    return torch.where(drop_semantic, 0, semantic), text
 
 
-def stage_b_loss(b, compressor, scale, small, latents, text, null_text):
+def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
     """Stage B's, and with it the compressor's (appendix E.2): diffusion_loss of eps in noised latents, given the text
-    and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to ask e sooner:
+    and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to use e sooner:
 
         most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
         the loss has the factor 0.4/√(ᾱ(t) + 0.02), whose mean is 1, besides the P2 weight
 
-    There, shapes are lost in the noise, but they still count in the loss.
+    At such times noise hides the shapes, but errors in them still raise the loss, so B must use e.
     latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
     -> each image's loss and its time, (B,) each"""
-    semantic, text = noisy_conditions(compressor, small, text, null_text)
-    x0 = latents / scale
-    t, eps = torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device)), torch.randn_like(x0)
-    return diffusion_loss(eps, b(add_noise(x0, eps, t), t, semantic, text), t, 0.4 / (alpha_bar(t) + 0.02).sqrt()), t
+    semantic, text = noisy_conditions(compressor, resized, text, null_text)
+    x0 = latents / scale                                             # (B, h, w, 4)
+    t = torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))  # (B,)
+    eps = torch.randn_like(x0)                                       # (B, h, w, 4)
+    predicted = b(add_noise(x0, eps, t), t, semantic, text)          # (B, h, w, 4)
+    factor = 0.4 / (alpha_bar(t) + 0.02).sqrt()                      # (B,)
+    return diffusion_loss(eps, predicted, t, factor), t
 
 
-def token_stage_b_loss(b, compressor, small, codes, text, null_text):
+def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
     """That of the paper's first version: `token_loss` of Stage A's codes (B, h, w), of which each is replaced by a
     random one with probability t; the rest as in `stage_b_loss`"""
-    semantic, text = noisy_conditions(compressor, small, text, null_text)
+    semantic, text = noisy_conditions(compressor, resized, text, null_text)
     t = training_times(len(codes), codes.device)
     noisy, replaced = replace_tokens(codes, torch.randint_like(codes, len(b.tokens.weight)), t)
     return token_loss(b(noisy, t, semantic, text), codes, replaced, t), t
 
 
 def stage_c_loss(c, semantic, text, null_text):
-    """Stage C's (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5 % of
+    """Stage C's (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5% of
     the captions are replaced by the null caption, which classifier-free guidance needs.
     semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width)
     -> each image's loss and its time, (B,) each"""
     text = torch.where(bernoulli_mask(0.05, text), null_text, text)
-    x0 = c.normalise(semantic)
-    t, eps = training_times(len(x0), x0.device), torch.randn_like(x0)
-    return diffusion_loss(eps, c(add_noise(x0, eps, t), t, text), t), t
+    x0 = c.normalise(semantic)                  # (B, hs, ws, 16)
+    t = training_times(len(x0), x0.device)      # (B,)
+    eps = torch.randn_like(x0)                  # (B, hs, ws, 16)
+    predicted = c(add_noise(x0, eps, t), t, text)
+    return diffusion_loss(eps, predicted, t), t
 
 
 def by_time(losses, t):
@@ -190,8 +198,8 @@ def bernoulli_mask(p, x):
 class Muon(torch.optim.Optimizer):
     """Momentum, with all singular values of the update brought near 1 (Jordan et al., 2024). For matrices; all stages
     then need far fewer steps. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
-    fortieth of float32's speed; here `dtype` says, and `orthogonal` takes three steps instead of five. Matrices of one
-    shape are updated together, which is faster."""
+    fortieth of float32's speed; here `dtype` sets the precision, and `orthogonal` takes three steps instead of five.
+    Matrices of one shape are updated together, which is faster."""
 
     def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
         super().__init__(groups, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
@@ -218,9 +226,12 @@ NEWTON_SCHULZ = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283,
 
 
 def orthogonal(x, dtype):
-    """About the nearest orthogonal matrix to each x (N, m, n), by three Newton-Schulz steps
-    y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y. Each narrows the interval around 1 that holds the singular values: [0.005, 1.02]
-    -> [0.04, 1.96] -> [0.15, 1.84] -> [0.48, 1.51] (Amsel et al., 2025). Smaller ones end lower."""
+    """Approximates the nearest orthogonal matrix to each x (N, m, n) by three Newton-Schulz steps
+
+        y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
+
+    which bring the singular values closer together: from [0.005, 1.02], after the first division, to [0.04, 1.96],
+    [0.15, 1.84] and [0.48, 1.51] (Amsel et al., 2025). Values below 0.005 end lower."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     y = y.mT if tall else y
@@ -244,8 +255,8 @@ def make_optimizers(network, lr_scale, dtype):
 
 
 def ema_update(averages, params, steps):
-    """Exponential moving average of the weights over about the last tenth of the run, at most the last 1,000 steps (the
-    authors: 0.9 every 100 steps). steps: how many went before"""
+    """Exponential moving average of the weights, over about the last tenth of the steps so far, at most 1,000 (the
+    authors: 0.9 every 100 steps). steps: the number of updates before this one"""
     torch._foreach_lerp_(averages, params, 1 - min(0.999, (1 + steps.item()) / (10 + steps.item())))
 
 
@@ -267,7 +278,7 @@ def update(network, average, optimizers, scaler, lr):
         for optimizer in optimizers:
             scaler.step(optimizer)
         average.update_parameters(network)
-    else:  # BatchNorm has already counted this batch; the average has its last good statistics
+    else:  # the forward pass has updated BatchNorm's statistics: restore the last good ones
         for good, buffer in zip(average.module.buffers(), network.buffers()):
             buffer.copy_(good)
     scaler.update()
@@ -290,21 +301,23 @@ def restore(path, parts, stage, recipe):
 
 
 @torch.no_grad()
-def held_out_loss(network, batches, loss_fn):
-    """The mean loss on batches of test data, always with the same noise and as at step 0."""
+def test_loss(network, batches, loss_fn):
+    """The mean loss on batches of test data, always with the same seed, and as at step 0 (so in Stage A without the
+    discriminator), to make it comparable."""
     torch.manual_seed(0)
     results = [loss_fn(network, batch, 0) for batch in batches]
     return torch.stack([numbers.get("loss", loss) for loss, numbers in results]).mean()
 
 
-def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_scale=lambda name: 1):
+def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr_scale=lambda name: 1):
     """Trains a network and returns its moving average. Writes a checkpoint every --save-every steps, from which the
     next call resumes after Ctrl-C or a crash.
 
     batches(first, recipe) yields batches from step `first` on;
-    loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log, where "loss" replaces it;
+    loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log; if it has a "loss", that
+    is logged instead of the one minimised;
     preview(average, images, captions) -> rows of images for a sheet;
-    held_out: batches of test data, for `held_out_loss`;
+    test_batches: batches of test data, for `test_loss`;
     lr_scale: see `make_optimizers`."""
     args, recipe, path = run.args, run.recipe(stage), run.folder / f"{stage}.ckpt"
     average = AveragedModel(network, multi_avg_fn=ema_update).eval().requires_grad_(False)
@@ -336,9 +349,9 @@ def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_sca
         if skipped == 10:
             raise UserError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
         checkpoint = step % args.save_every == 0 or step == recipe.steps
-        if checkpoint and held_out:
+        if checkpoint and test_batches:
             with run.autocast():
-                numbers["held_out"] = held_out_loss(average.module, held_out, loss_fn)
+                numbers["test_loss"] = test_loss(average.module, test_batches, loss_fn)
         if step % args.log_every == 0 or checkpoint:
             speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
@@ -368,7 +381,7 @@ class Run:
         self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
 
     def recipe(self, stage):
-        """What the command gives; the rest as the stage was begun, if it is unfinished, else the preset's."""
+        """Each value: from the command; if not given, from the checkpoint of an unfinished stage, else the preset's."""
         path, begun = self.folder / f"{stage}.ckpt", RECIPES[self.args.preset][stage]
         if path.exists():  # memory-mapped: reads no weights
             begun = Recipe(**load_file(path, mmap=True).get("recipe", asdict(begun)))
@@ -380,9 +393,9 @@ class Run:
         return computing(self.device.type, self.precision, plain_attention(self.device.type, self.precision))
 
     def log(self, **numbers):
-        """Adds a line to metrics.jsonl. NaN is left out, but for the losses of all images."""
+        """Adds a line to metrics.jsonl, without numbers that are NaN, unless they are "loss" or "test_loss"."""
         numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
-        numbers = {key: x for key, x in numbers.items() if x == x or key in ("loss", "held_out")}
+        numbers = {key: x for key, x in numbers.items() if x == x or key in ("loss", "test_loss")}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(numbers) + "\n")
 
@@ -415,8 +428,8 @@ class Run:
     def cached(self, name, made_from, compute):
         """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (rounded up to
         batches of 16; if not given, all of a data set on disk), computed once; with --flip, for their mirror images
-        too. The cache is valid while it is newer than the stage it was made from, a file in the run folder, and than
-        options.json.
+        too. The cache is used again if it is newer than `made_from`, the file of the stage it depends on, and than
+        options.json. Every finished stage deletes it, so it serves only to resume.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -450,9 +463,9 @@ class Run:
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         return arrays | {"captions": read_json(complete)}
 
-    def held_out(self, stage, compute=None):
-        """Batches of test data, of the stage's batch size and at most 64, until they have 64 images: as `batches`
-        yields them or, with compute, as `cached_batches` does"""
+    def test_batches(self, stage, compute=None):
+        """The first 64 test images, in batches of the stage's size if that is smaller (the last one may go beyond 64):
+        as `batches` yields them or, with compute, as `cached_batches` does"""
         size, found = min(64, self.recipe(stage).batch), []
         for start in range(0, 64, size):
             images, captions = examples(self.test_data, size, start)
@@ -484,8 +497,8 @@ def mirror(image, text):
 
 
 def train_tokenizer(captions, config):
-    """Byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice. It reads as
-    many tokens as the longest of these captions has, at most the preset's `length`."""
+    """Learns byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice. The
+    tokenizer then reads as many tokens as the longest of these captions has, at most the preset's `length`."""
     tokenizer = Tokenizer.train(captions, config.text_c.vocab_size - 514)  # bytes, bytes that end a word, start, end
     tokenizer.length = min(config.text_c.length, 2 + max(len(tokenizer.encode(one)) for one in set(captions)))
     return tokenizer
@@ -513,17 +526,17 @@ def words_read(caption, tokenizer):
 
 def hard_negatives(caption, between, rng):
     """Captions that are almost right, and nearly always wrong: one with a word replaced, one with two words swapped. A
-    word comes only between two words between which `words_between` found it: random swaps are mostly not English, and
-    the text encoder would learn to tell that instead of looking at the image. Shapes' test captions are left out (and
-    one in sixteen of any other data). caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
+    word is put only between neighbours that it has in some training caption (`words_between`). Random swaps are mostly
+    not English, and the text encoder would reject them without the image. Shapes' test captions are left out (and one
+    in sixteen of any other data). caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
     others = {i: between.get((words[i - 1], words[i + 1]), set()) - {words[i]} for i in range(1, len(words) - 1)}
     changes = []
     if replaceable := [i for i in others if others[i]]:
         i = rng.choice(replaceable)
         changes.append({i: rng.choice(sorted(others[i]))})
-    if swaps := [{i: words[j], j: words[i]} for i in others for j in others
-                 if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:  # neighbours would lose theirs
+    if swaps := [{i: words[j], j: words[i]} for i in others for j in others  # not neighbours: each would change the
+                 if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:  # other's neighbours
         changes.append(rng.choice(swaps))
     wrong = (" ".join(change.get(i, words[i]) for i in others) for change in changes)
     return [other for other in wrong if not reserved(other)]
@@ -546,15 +559,16 @@ def train_text(run):
 
     clip = CLIP(run.model.config)
     clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's compressor starts from it
-    clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn, held_out=run.held_out("text"))
+    clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn, test_batches=run.test_batches("text"))
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
     save_atomically(run.folder / "clip.pt", clip.state_dict())
 
 
 def train_a(run):
-    """The VQGAN, on small crops of each image, together a quarter of it. Nothing in it looks far, and at the borders of
-    crops it learns to draw those of images: there a transposed convolution sums half of its terms, and a quarter in the
-    corners. Its discriminator joins for the last quarter of the steps, when there is something to refine."""
+    """The VQGAN, on small crops of each image, together a quarter of it. Its receptive field is small, so crops
+    suffice; and they have more borders to learn from: at a border, a transposed convolution sums only half of its
+    terms, in a corner a quarter. The discriminator joins for the last quarter of the steps, when there is something to
+    refine."""
     cfg, steps, size = run.model.config.a, run.recipe("a").steps, run.model.config.image_size
     side = max(32, size // 4)
     crops = max(1, size // (2 * side)) ** 2
@@ -570,9 +584,9 @@ def train_a(run):
         moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle) if network.training else 0
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
-    # A code has a gradient only when it is chosen, and must keep up with moving latents: it learns faster.
+    # A code has a gradient only when it is chosen, but must keep up with moving latents: hence a higher learning rate.
     average = fit(run, "a", network.to(run.device), run.batches, loss_fn,
-                  lambda average, images, captions: [average["a"](images)[0]], run.held_out("a"),
+                  lambda average, images, captions: [average["a"](images)[0]], run.test_batches("a"),
                   lr_scale=lambda name: 5 if name.endswith("codebook") else 1)
     run.model.a = average["a"]
     set_scale(run)
@@ -588,7 +602,8 @@ def crop(images, side):
 def revive_codes(codebook, latents, codes, idle, patience=50):
     """Moves each code that was not chosen for `patience` steps onto a random latent of the batch, so that the codebook
     can't collapse. latents (B, h, w, 4), codes (B, h, w); idle (codebook_size,): steps since each code was last chosen,
-    updated here; inf at first, so that the first batch places those that it did not choose -> how many were moved"""
+    updated here; inf at first, so that every code that the first batch does not choose is moved at once
+    -> how many were moved"""
     idle += 1
     idle[codes.unique()] = 0
     dead = (idle >= patience).nonzero()[:, 0]
@@ -601,9 +616,9 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 
 @torch.no_grad()
 def set_scale(run):
-    """Stage B's latents are divided by 2.4 times their deviation. Large shapes then hide in the noise for longer, and B
-    learns to ask the semantic latents where they are and of what colour. In images below 128 px, shapes cover fewer
-    latents and hide sooner: there, the factor falls with the side."""
+    """Stage B's latents are divided by 2.4 times their standard deviation. Noise then hides large shapes over a wider
+    range of times, and B learns to take their place and colour from the semantic latents. In images below 128 px,
+    shapes cover fewer latents and are hidden sooner: there, the factor falls with the side."""
     images, _ = examples(run.train_data, 256)
     deviation = torch.cat([run.model.a.encode(some.to(run.device)) for some in images.split(32)]).std()
     run.model.a.scale.fill_(2.4 * min(1, run.model.config.image_size / 128) * deviation)
@@ -615,22 +630,22 @@ def train_b(run):
 
     def compute(images):  # Stage A no longer changes
         latents = model.a.encode(images)
-        return dict(small=(rescaled(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
+        return dict(resized=(rescaled(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
     arrays = run.cached("latents", "a.pt", compute)
     if not run.pretrained:
-        init_mapper(model.compressor, (torch.tensor(arrays["small"][:1024]).to(run.device) / 255).split(32))
+        init_mapper(model.compressor, (torch.tensor(arrays["resized"][:1024]).to(run.device) / 255).split(32))
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
 
     def loss_fn(network, batch, step):
-        b, compressor, small = network["b"], network["compressor"], batch["small"] / 255
+        b, compressor, resized = network["b"], network["compressor"], batch["resized"] / 255
         with torch.no_grad():
             text, null_text = run.encode(model.text_b, batch["captions"])
         if tokens:
-            losses, t = token_stage_b_loss(b, compressor, small, batch["latents"].long(), text, null_text)
+            losses, t = token_stage_b_loss(b, compressor, resized, batch["latents"].long(), text, null_text)
         else:
-            losses, t = stage_b_loss(b, compressor, model.a.scale, small, batch["latents"].float(), text, null_text)
+            losses, t = stage_b_loss(b, compressor, model.a.scale, resized, batch["latents"].float(), text, null_text)
         return losses.mean(), by_time(losses, t)
 
     def preview(average, images, captions):
@@ -638,7 +653,7 @@ def train_b(run):
         return model.reconstruct(images, captions, seed=0)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
-    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview, run.held_out("b", compute),
+    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview, run.test_batches("b", compute),
                   lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1)
     model.compressor, model.b = average["compressor"], average["b"]
 
@@ -646,7 +661,7 @@ def train_b(run):
 @torch.no_grad()
 def init_mapper(compressor, batches):
     """Starts the compressor's mapper from the principal components of its backbone's features; with random directions,
-    B loses the details of shapes. batches: list of small images (B, h, w, 3) in [0, 1]"""
+    B loses the details of shapes. batches: list of resized images (B, h, w, 3) in [0, 1]"""
     features = torch.cat([compressor.backbone(images) for images in batches])
     features = features.flatten(0, 2).cpu().double()  # float32 fails if all are alike; MPS has neither eigh nor float64
     _, directions = torch.linalg.eigh(features.T.cov())  # by rising variance
@@ -679,25 +694,68 @@ def train_c(run):
         model.text_c, model.c = average["text_c"], average["c"]
         return [*model.reconstruct(images, seed=0, guidance=1), model.generate(captions, seed=0)]
 
-    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview, run.held_out("c", compute),
+    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview, run.test_batches("c", compute),
                   lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
     model.text_c, model.c = average["text_c"], average["c"]
 
 
-def draw_curves(folder):
-    """Writes the losses of all stages to curves.png, in at most 50 points, each a mean over some of the lines."""
-    curves = {}
+def plot(curves, x_label, y_label, log=False, dashed=None):
+    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0;
+    dashed: more curves under the same labels, to be dashed, or None."""
+    chart, dashed = Image.new("RGB", (640, 360), "white"), dashed or {}
+    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
+
+    def axis(values, start, end, log):
+        """-> a function from values to pixels, and the values that get a tick"""
+        low, high = min(values) if log else min(0, *values), max(values)
+        scale = math.log10 if log else float
+        span = scale(high) - scale(low) or 1
+        nice = [m * 10.0 ** e for e in range(-9, 10) for m in (1, 2, 5)]
+        step = next((step for step in nice if step >= span / 6), span)
+        ticks = nice if log else [i * step for i in range(math.floor(low / step), math.floor(high / step) + 1)]
+        return lambda v: start + (scale(v) - scale(low)) / span * (end - start), [v for v in ticks if low <= v <= high]
+
+    (to_x, x_ticks), (to_y, y_ticks) = (
+        axis([p[i] for curve in (*curves.values(), *dashed.values()) for p in curve], start, end, log and i == 1)
+        for i, (start, end) in enumerate(((left, right), (bottom, top))))
+    for v in x_ticks:
+        pen.line([(to_x(v), top), (to_x(v), bottom)], "#dddddd")
+        pen.text((to_x(v), bottom + 6), f"{v:g}", "black", anchor="ma")
+    for v in y_ticks:
+        pen.line([(left, to_y(v)), (right, to_y(v))], "#dddddd")
+        pen.text((left - 6, to_y(v)), f"{v:g}", "black", anchor="rm")
+    pen.text((right, bottom + 22), x_label, "black", anchor="ra")
+    pen.text((left, 4), y_label, "black")
+    colours = itertools.cycle(("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444"))
+    for i, ((label, curve), colour) in enumerate(zip(curves.items(), colours)):
+        for some, pieces in ((curve, 2), (dashed.get(label, ()), 10)):
+            points = np.array([(to_x(x), to_y(y)) for x, y in some])
+            for start, end in zip(points, points[1:]):
+                dashes = np.linspace(start, end, pieces)
+                for a, b in zip(dashes[::2], dashes[1::2]):
+                    pen.line([*a, *b], colour, 2)
+            for x, y in points if len(points) < 30 else ():
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
+        pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
+    return chart
+
+
+def plot_losses(folder):
+    """Plots the losses of all stages to curves.png, dashed those of test images; at most 50 points per curve, each the
+    mean of several log lines."""
+    losses, test_losses = {}, {}
     for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
-        if not isinstance(line, dict):
-            continue
-        for label, loss in ((line["stage"], line["loss"]), (line["stage"] + ", held out", line.get("held_out"))):
-            curve = curves.setdefault(label, [])
+        for curves, key in ((losses, "loss"), (test_losses, "test_loss")) if isinstance(line, dict) else ():
+            curve = curves.setdefault(line["stage"], [])
             while curve and curve[-1][0] >= line["step"]:  # resumed or trained again: drop the old points
                 curve.pop()
-            if loss is not None and math.isfinite(loss):
-                curve.append((line["step"], max(1e-6, loss)))
-    make_chart({label: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
-                for label, curve in curves.items() if curve}, "step", "loss", log=True).save(folder / "curves.png")
+            if math.isfinite(line.get(key, math.nan)):
+                curve.append((line["step"], max(1e-6, line[key])))
+    losses, test_losses = (
+        {stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
+         for stage, curve in curves.items() if curve} for curves in (losses, test_losses))
+    plot(losses, "step", "loss", log=True, dashed=test_losses).save(folder / "curves.png")
 
 
 def peak_memory(device):
@@ -715,7 +773,7 @@ def report(run, stage, seconds, machine):
     last = parse_json((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     path, sheet = run.folder / "report.md", f"sheets/{stage}_{last['step']:06d}.png"
     row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
-           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('held_out', math.nan):.4f}",
+           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('test_loss', math.nan):.4f}",
            f"[sheet]({sheet})" if (run.folder / sheet).exists() else "")
     text = read_text(path) if path.exists() else (
         f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
@@ -723,7 +781,7 @@ def report(run, stage, seconds, machine):
         f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n")
     if not text.endswith("|\n"):  # a new table: also where scores follow the last one
         text += ("\n| stage | minutes (since the last resume) | steps | batch | images/s | peak memory so far, GB "
-                 "| loss | held-out loss | test images |\n" + "| --- " * len(row) + "|\n")
+                 "| loss | test loss | test images |\n" + "| --- " * len(row) + "|\n")
     save_atomically(path, text + "| " + " | ".join(map(str, row)) + " |\n")
 
 
@@ -732,8 +790,10 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
-# a string with one per line; the same for the same seed. So to resume a run, its step number is enough. First Shapes,
-# drawn on the fly: "a big blue square to the left of a small green star".
+# one string with a caption per line. It depends only on i and the seed, so a step number is enough to resume a run.
+# data.captions() yields the captions for the tokenizer. To add a data set, let `open_data` return {"train": ...,
+# "test": ...}, and name it in --data; for image files or arrays, a reader like `list_cifar` is enough. First Shapes,
+# rendered on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -755,7 +815,7 @@ def ring(n, radius, start=-90):
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-# Outlines for radius 1. A square fills its box and a star does not: they reach differently far, to look equally big.
+# Outlines for radius 1. A square fills its box and a star does not; their extents differ so that they look equally big.
 OUTLINES = {
     "circle": ring(48, 0.95),
     "square": ring(4, 0.85 * math.sqrt(2), start=-45),
@@ -783,7 +843,7 @@ class Scene:
 
 
 def random_scene(rng):
-    """40 % one object, 60 % two; size and background are named in some captions only."""
+    """40% one object, 60% two; size and background are named in some captions only."""
     def one_of(names):
         return list(names)[rng.integers(len(names))]
 
@@ -1033,7 +1093,7 @@ def list_images(folder, coco, left_out):
     """The images in a folder that have captions: in a .txt file of the same name, one per line; in metadata.csv or
     metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
     image has any of these, the sub-folder's name.
-    -> {path: captions}, the paths that captions_val*.json names, and how many there are of what, in words"""
+    -> {path: captions}, the paths that captions_val*.json names, and a summary of the counts in words"""
     def text_of(file):
         try:
             return read_text(file)
@@ -1080,8 +1140,8 @@ def list_images(folder, coco, left_out):
 
 
 def for_testing(names, validation):
-    """The images kept for testing: those of the validation set, if there are others too; else the first that can be
-    read, and about one in ten, by a hash of its name (not by that of `reserved`, which is equal for a.png and b.png).
+    """The images kept for testing: those of the validation set, unless there are no others; if so, the first that can
+    be read and about a tenth of the rest, by a hash of the name (`reserved` would treat a.png and b.png alike).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation
@@ -1184,7 +1244,7 @@ def plain_attention(device, precision):
 
 @contextlib.contextmanager
 def computing(device, precision, plain):
-    """While this is open, matrix products are in a precision, and attention is plain or by PyTorch's own choice."""
+    """While this is open, matrix products have the given precision, and attention is plain or PyTorch's own choice."""
     with (torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"),
           sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
         yield
@@ -1193,8 +1253,9 @@ def computing(device, precision, plain):
 def parse_args(argv=None):
     """The options of a command: those given; if not, those saved in the run; if not, what suits the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
-                                     "keeps " + ", ".join(SAVED) + ", and an unfinished stage its steps, batch size "
-                                     "and learning rate; give other options again, for the stages after it too.")
+                                     "keeps " + ", ".join(SAVED) + "; an unfinished stage also keeps its steps, batch "
+                                     "size and learning rate. Give all other options again, and these three for later "
+                                     "stages too.")
     add, positive = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
@@ -1203,18 +1264,18 @@ def parse_args(argv=None):
     add("--init-from", metavar="RUN", help="start from the weights of another run, or from a folder with the published "
         "snapshots; name the stage to train")
     add("--data", default="shapes", choices=("shapes", *CIFAR, "coco", "folder"), help="default: %(default)s")
-    add("--data-dir", help="where the data set lies; Shapes needs none")
+    add("--data-dir", help="folder of the data set; Shapes needs none")
     add("--download", action="store_true", help="fetch the data set into --data-dir first, if it is not there: CIFAR, "
         "or COCO's val2017 (2.7 GB with its archives)")
     add("--image-size", type=number(int, 32, 8192), help="side of the images in pixels, the preset's if not given")
-    add("--tokens", action="store_true", help="Stage B as in the paper's first version: it draws Stage A's codes")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, but for those whose captions "
-        "say left or right; if not given, all data but Shapes")
+    add("--tokens", action="store_true", help="Stage B as in the paper's first version: it predicts Stage A's codes")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, except those whose "
+        "captions say left or right (default: yes, except for Shapes)")
     add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=number(int, 2, 10**6), help="images per step; the preset's recipe if not given")
     add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=positive, help="training images of Stages B and C, whose latents are computed once; all if not "
-        "given, of Shapes 16,384")
+    add("--cache", type=positive, help="number of training images for Stages B and C, whose latents are computed once "
+        "(default: all; of Shapes, 16,384)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (default: %(default)s)")
     add("--device", choices=DEVICES, help="default: auto, the best that there is")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
@@ -1242,7 +1303,7 @@ def parse_args(argv=None):
         if getattr(args, name) != begun.get(name, getattr(args, name)):
             parser.error(f"{args.run} was begun with {name} {begun[name]}; take another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
-        parser.error(f"--data-dir is needed with --data {', '.join((*CIFAR, 'coco', 'folder'))}, and only there")
+        parser.error(f"--data {args.data} " + ("takes no --data-dir" if args.data_dir else "needs a --data-dir"))
     taken = [Path(__file__).parent.resolve(), *([Path(args.data_dir).resolve()] if args.data_dir else [])]
     if not args.run or Path(args.run).resolve() in taken:
         parser.error("--run must be a folder of its own")
@@ -1318,11 +1379,11 @@ def main(argv=None):
         run.model.save_stage(run.folder, stage)
         (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
         shutil.rmtree(run.folder / "cache", ignore_errors=True)
-        draw_curves(run.folder)
+        plot_losses(run.folder)
         report(run, stage, time.time() - begun, machine)
     print(f"{run.folder}: done in {time.time() - start:.0f} s")
     if (run.folder / "c.pt").exists():
-        print(f'draw with it: python sample.py "..." --run {run.folder}')
+        print(f'generate with it: python sample.py "..." --run {run.folder}')
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class StageBConfig:
     cond_width: int = 1024  # width that text and semantic latents are mapped to
     patch: int = 2
     dropout: float = 0.1
-    token_width: int = 0  # more than 0: Stage B draws Stage A's codes, embedded in this width (the paper's version 1)
+    token_width: int = 0  # above 0: Stage B predicts Stage A's codes, embedded in this width (the paper's version 1)
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Config:
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
     rescale: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
-    semantic_channels: int = 16  # of the semantic latents: what the compressor gives, B reads and C draws
+    semantic_channels: int = 16  # of the semantic latents: the compressor's output, which B reads and C generates
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
     text_c: TextConfig = field(default_factory=TextConfig)  # for Stage C
@@ -139,7 +139,7 @@ class Config:
     def grid(self, height, width):
         """Latent sizes for an image of height x width pixels, rounded as the published model does: one semantic cell
         per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up; as many latents
-        per cell as when trained, rounded to what Stage B's strides divide. -> semantic (hs, ws), Stage A's latents
+        per cell as in training, rounded to a multiple of Stage B's stride. -> semantic (hs, ws), Stage A's latents
         (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
@@ -189,8 +189,8 @@ PRESETS = {
     ),
 }
 
-# "tiny" at 64 px: trains in half the time, and draws worse. It has 3x3 cells too, as the compressor sees the images
-# enlarged to 96 px: 21 pixels per cell and side instead of 43, which is learned sooner (section 3.4).
+# "tiny" at 64 px: trains in half the time, and generates worse images. It has 3x3 cells too: the compressor sees them
+# enlarged to 96 px: a cell covers 21x21 pixels instead of 43x43, which is learned sooner (section 3.4).
 PRESETS["quick"] = replace(
     PRESETS["tiny"], image_size=64, rescale=1.5,
     b=replace(PRESETS["tiny"].b, channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True)))
@@ -206,7 +206,7 @@ PRESETS["photos"] = replace(
     text_b=replace(PRESETS["tiny"].text_b, vocab_size=4096, length=40))
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Blocks shared by Stages B and C (appendices E.2 and E.3): ConvNeXt-like, with time and text put in.
+# 2. Blocks shared by Stages B and C (appendices E.2 and E.3): ConvNeXt-like, conditioned on time and text.
 
 
 class Conv(nn.Conv2d):
@@ -252,7 +252,7 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x):
         """(B, H, W, C) -> (B, H, W, C)"""
         y = x.float()  # in half precision, sums of squares would overflow or lose digits
-        norm = ((y * y).sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()  # 1e-12: the root's gradient at 0
+        norm = ((y * y).sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()  # 1e-12 keeps the root's gradient finite at 0
         response = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
         return x * (1 + self.gamma * response).to(x.dtype) + self.beta.to(x.dtype)
 
@@ -281,7 +281,7 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts each channel by the time: x·(1 + a) + b, with a and b = Linear(time embedding)."""
+    """Scales and shifts each channel by the time: x·(1 + scale) + shift, both from a Linear of the time embedding."""
 
     def __init__(self, channels, time_width):
         super().__init__()
@@ -289,8 +289,8 @@ class TimestepBlock(nn.Module):
 
     def forward(self, x, time):
         """x (B, H, W, C), time (B, time_width) -> (B, H, W, C)"""
-        a, b = self.mapper(time)[:, None, None].chunk(2, dim=-1)
-        return x * (1 + a) + b
+        scale, shift = self.mapper(time)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, C) each
+        return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -305,7 +305,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, context, mask=None):
-        """x (B, N, C), context (B, M, C), mask: bool, broadcast to (B, heads, N, M), True where x may look
+        """x (B, N, C), context (B, M, C), mask: bool, broadcast to (B, heads, N, M), True where x may attend
         -> (B, N, C)"""
         return self.attend(self.q(x), self.k(context), self.v(context), mask)
 
@@ -335,9 +335,9 @@ class AttnBlock(nn.Module):
     def forward(self, x, text_kv):
         """x + attention, in which norm(x) attends to norm(x) itself and to the text.
         x (B, H, W, C), text_kv: the text's keys and values -> (B, H, W, C)"""
-        h = self.norm(x).flatten(1, 2)
-        keys = torch.cat([self.attention.k(h), text_kv[0]], dim=1)
-        values = torch.cat([self.attention.v(h), text_kv[1]], dim=1)
+        h = self.norm(x).flatten(1, 2)                                # (B, H·W, C)
+        keys = torch.cat([self.attention.k(h), text_kv[0]], dim=1)    # (B, H·W + L, C)
+        values = torch.cat([self.attention.v(h), text_kv[1]], dim=1)  # (B, H·W + L, C)
         return x + self.attention.attend(self.attention.q(h), keys, values).view_as(x)
 
 
@@ -357,12 +357,13 @@ class Block(nn.Module):
 
 
 class BlockSequence(nn.ModuleList):
-    """`count` Blocks: all of Stage C, or one level of Stage B. Only the first Block takes `skip_channels` more."""
+    """`count` Blocks: all of Stage C, or one level of Stage B. The ResBlocks take `semantic_width` more channels, the
+    first one also `skip_channels`."""
 
-    def __init__(self, count, channels, heads, cond_width, time_width, dropout, semantic_channels=0, skip_channels=0):
+    def __init__(self, count, channels, heads, cond_width, time_width, dropout, semantic_width=0, skip_channels=0):
         super().__init__(
-            Block(channels, heads, cond_width, time_width, dropout,
-                  extra_channels=semantic_channels + (skip_channels if i == 0 else 0)) for i in range(count))
+            Block(channels, heads=heads, cond_width=cond_width, time_width=time_width, dropout=dropout,
+                  extra_channels=semantic_width + (skip_channels if i == 0 else 0)) for i in range(count))
 
     def keys_values(self, text):
         """text (B, L, cond_width) -> per Block, the text's keys and values; None for a Block without attention"""
@@ -377,8 +378,8 @@ class BlockSequence(nn.ModuleList):
         return x
 
     def scale_branches(self, total):
-        """Small steps at first: each ResBlock's last Linear is scaled by √(1/total), and a TimestepBlock changes
-        nothing."""
+        """At the start, scales the last Linear of each ResBlock by √(1/total), and makes each TimestepBlock the
+        identity."""
         for block in self:
             block.res.project.weight.data *= (1 / total) ** 0.5
             nn.init.zeros_(block.time.mapper.weight)
@@ -394,8 +395,8 @@ def time_embedding(t, width):
 
 
 def init_weights(module):
-    """Xavier-uniform weights and zero biases. (The authors leave transposed convolutions as PyTorch makes them, draw
-    q, k and v as one matrix, and use N(0, 0.02) for Stage C's input and text mappers.)"""
+    """Xavier-uniform weights and zero biases. (The authors keep PyTorch's defaults for transposed convolutions,
+    initialise q, k and v as one matrix, and use N(0, 0.02) for Stage C's input and text mappers.)"""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -418,7 +419,7 @@ class TextLayer(nn.Module):
         self.project = nn.Linear(cfg.mlp_width, cfg.width)
 
     def forward(self, x, mask):
-        """x (B, L, width), mask (B, 1, L, L): True where a token may look -> (B, L, width)"""
+        """x (B, L, width), mask (B, 1, L, L): True where a token may attend -> (B, L, width)"""
         h = self.norm1(x)
         x = x + self.attention(h, h, mask)
         return x + self.project(F.gelu(self.expand(self.norm2(x))))
@@ -439,12 +440,12 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids, mask):
-        """Tokens plus positions, the layers, the last LayerNorm. Each place sees the caption's tokens up to its own;
-        nothing sees padding, not even padding itself.
+        """Token plus position embeddings, the layers, the last LayerNorm. Here, each position attends to the caption's
+        tokens up to its own, and no position to padding.
         ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
-        x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        visible = causal & mask[:, None, None]
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]                                        # (B, L, width)
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()  # (L, L)
+        visible = causal & mask[:, None, None]                                                       # (B, 1, L, L)
         for layer in self.layers:
             x = layer(x, visible)
         return self.norm(x)
@@ -464,8 +465,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_text(self, ids, mask):
-        """The projection of the end token's vector, scaled to length 1. The end token, the caption's last, is the first
-        that has seen all of it. ids and mask (N, L) -> unit vectors (N, width)"""
+        """The projection of the end token's vector, scaled to length 1. Attention is causal: only the
+        end token has seen the whole caption. ids and mask (N, L) -> unit vectors (N, width)"""
         end = mask.sum(dim=1) - 1
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
         return F.normalize(self.text_projection(text).float(), dim=-1)
@@ -473,7 +474,7 @@ class CLIP(nn.Module):
     def image_features(self, images):
         """images (B, H, W, 3) in [0, 1] -> features of the image's 3x3 parts (B, 9, features). Parts, not their mean:
         a mean would not say where in the image something is."""
-        features = self.image(rescaled(images, self.rescale)).permute(0, 3, 1, 2)
+        features = self.image(rescaled(images, self.rescale)).permute(0, 3, 1, 2)  # (B, features, hs, ws)
         parts = F.adaptive_avg_pool2d(features.cpu() if features.is_mps else features, 3)  # MPS can't pool 2 cells to 3
         return parts.flatten(2).mT.to(features.device)
 
@@ -493,12 +494,12 @@ class CLIP(nn.Module):
 
 def contrastive_loss(logits, ids):
     """CLIP's loss: the mean of two cross-entropies, over all N captions for each image, and over the B images for each
-    of the first B captions. In both, captions that are equal are all right, with equal shares of the target.
+    of the first B captions. In both, identical captions all count as right, and share the target equally.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
-    same = (ids[:B, None] == ids[None]).all(dim=-1).float()
-    per_image = same / same.sum(dim=1, keepdim=True)
-    per_caption = same[:, :B] / same[:, :B].sum(dim=1, keepdim=True)
+    same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
+    per_image = same / same.sum(dim=1, keepdim=True)                  # (B, N)
+    per_caption = same[:, :B] / same[:, :B].sum(dim=1, keepdim=True)  # (B, B)
     return (F.cross_entropy(logits, per_image) + F.cross_entropy(logits[:, :B].T, per_caption)) / 2
 
 
@@ -555,36 +556,36 @@ class VQGAN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        cfg, c = config.a, config.a.channels
+        cfg, widths = config.a, config.a.channels
         self.register_buffer("scale", torch.tensor(cfg.scale))
-        self.from_pixels = nn.Linear(3 * 4, c[0])
+        self.from_pixels = nn.Linear(3 * 4, widths[0])
         encoder = []
-        for i, channels in enumerate(c):
+        for i, channels in enumerate(widths):
             if i > 0:
-                encoder.append(Conv(c[i - 1], channels, 4, stride=2, padding=1))
+                encoder.append(Conv(widths[i - 1], channels, 4, stride=2, padding=1))
             encoder.append(VQBlock(channels))
         self.encoder = nn.Sequential(*encoder)
-        self.to_latents = nn.Linear(c[-1], config.latent_channels, bias=False)
+        self.to_latents = nn.Linear(widths[-1], config.latent_channels, bias=False)
         self.latent_norm = nn.BatchNorm1d(config.latent_channels)  # mean 0, deviation 1 at the start; learned later
         self.quantizer = Quantizer(cfg.codebook_size, config.latent_channels)
-        self.from_latents = nn.Linear(config.latent_channels, c[-1])
+        self.from_latents = nn.Linear(config.latent_channels, widths[-1])
         decoder = []
-        for i, channels in reversed(list(enumerate(c))):
-            decoder += [VQBlock(channels) for _ in range(cfg.blocks if i == len(c) - 1 else 1)]
+        for i, channels in reversed(list(enumerate(widths))):
+            decoder += [VQBlock(channels) for _ in range(cfg.blocks if i == len(widths) - 1 else 1)]
             if i > 0:
-                decoder.append(ConvUp(channels, c[i - 1], 4, stride=2, padding=1))
+                decoder.append(ConvUp(channels, widths[i - 1], 4, stride=2, padding=1))
         self.decoder = nn.Sequential(*decoder)
-        self.to_pixels = nn.Linear(c[0], 3 * 4)
+        self.to_pixels = nn.Linear(widths[0], 3 * 4)
 
     def encode(self, images):
         """images (B, H, W, 3) in [0, 1] -> latents before quantization (B, H/4, W/4, 4)"""
-        x = self.from_pixels(space_to_depth(images, 2))      # (B, H/2, W/2, c[0])
+        x = self.from_pixels(space_to_depth(images, 2))      # (B, H/2, W/2, channels[0])
         x = self.to_latents(self.encoder(x))                 # (B, H/4, W/4, 4)
         return self.latent_norm(x.flatten(0, 2)).view_as(x)
 
     def decode(self, latents):
         """latents (B, h, w, 4), quantized or not -> images (B, 4h, 4w, 3), not clamped"""
-        x = self.decoder(self.from_latents(latents))         # (B, 2h, 2w, c[0])
+        x = self.decoder(self.from_latents(latents))         # (B, 2h, 2w, channels[0])
         return depth_to_space(self.to_pixels(x), 2)          # (B, 4h, 4w, 3)
 
     def forward(self, images):
@@ -617,13 +618,13 @@ class Discriminator(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Semantic Compressor: EfficientNetV2 (Tan and Le, 2021) and a mapper to 16 channels (sections 3.1 and 3.4).
+# 5. Semantic compressor: EfficientNetV2 (Tan and Le, 2021) and a mapper to 16 channels (sections 3.1 and 3.4).
 # Its blocks are ordinary NCHW layers, as BatchNorm2d wants; input and output are (B, H, W, C) as everywhere.
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Always in float32 on a CPU: there the bfloat16 backward pass of a strided one takes ten times as long, which was
-    15 % of a training step of Stage B."""
+    """Always in float32 on a CPU: there, the backward pass of a strided one takes ten times as long in bfloat16, which
+    was 15% of a training step of Stage B."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -677,7 +678,7 @@ class MBConv(nn.Module):
             return h
         if self.training and self.drop > 0:
             keep = torch.rand(len(h), 1, 1, 1, device=h.device) >= self.drop
-            h = h * keep / (1 - self.drop)  # the expectation stays
+            h = h * keep / (1 - self.drop)  # keeps the expected value
         return x + h
 
 
@@ -692,7 +693,8 @@ class EfficientNet(nn.Module):
             blocks = []
             for i in range(count):
                 drop = cfg.stochastic_depth * done / total
-                blocks.append(MBConv(channels, out, expansion, stride if i == 0 else 1, kind == "fused", drop))
+                blocks.append(MBConv(channels, out, expansion, stride if i == 0 else 1, fused=kind == "fused",
+                                     drop=drop))
                 channels, done = out, done + 1
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages, conv_norm(channels, cfg.features, 1))
@@ -701,7 +703,7 @@ class EfficientNet(nn.Module):
         """images (B, H, W, 3) in [0, 1] -> features (B, ⌈H/32⌉, ⌈W/32⌉, features)"""
         mean, std = images.new_tensor([0.485, 0.456, 0.406]), images.new_tensor([0.229, 0.224, 0.225])  # ImageNet's
         x = ((images - mean) / std).permute(0, 3, 1, 2)
-        x = x.contiguous() if x.is_mps else x  # there, BatchNorm's gradients are wrong for channels last
+        x = x.contiguous() if x.is_mps else x  # on MPS, BatchNorm's gradients are wrong for channels last
         return self.stages(x).permute(0, 2, 3, 1)
 
 
@@ -743,28 +745,29 @@ class StageB(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.cfg, self.time_width = config.b, config.time_width
-        cfg, c, depth = config.b, config.b.channels, len(config.b.channels)
+        cfg, widths, depth = config.b, config.b.channels, len(config.b.channels)
 
         def level(i, skip_channels=0):
-            return BlockSequence(cfg.blocks[i], c[i], cfg.heads[i], cfg.cond_width, config.time_width, cfg.dropout,
-                                 cfg.cond_width if cfg.sees_semantic[i] else 0, skip_channels)
+            return BlockSequence(cfg.blocks[i], widths[i], heads=cfg.heads[i], cond_width=cfg.cond_width,
+                                 time_width=config.time_width, dropout=cfg.dropout, skip_channels=skip_channels,
+                                 semantic_width=cfg.cond_width if cfg.sees_semantic[i] else 0)
 
         self.text_mapper = nn.Linear(config.text_b.width, cfg.cond_width)
         self.text_norm = layer_norm(cfg.cond_width)
-        self.embed = nn.Linear(config.latent_channels * cfg.patch**2, c[0])
-        self.embed_norm = layer_norm(c[0])
+        self.embed = nn.Linear(config.latent_channels * cfg.patch**2, widths[0])
+        self.embed_norm = layer_norm(widths[0])
         down, up = range(depth), range(depth - 1, -1, -1)  # the U-Net's levels, in the order they run
         self.downscale = nn.ModuleList(
-            nn.Sequential(layer_norm(c[i - 1]), Conv(c[i - 1], c[i], 2, stride=2)) for i in down[1:])
+            nn.Sequential(layer_norm(widths[i - 1]), Conv(widths[i - 1], widths[i], 2, stride=2)) for i in down[1:])
         self.down = nn.ModuleList(level(i) for i in down)
-        self.up = nn.ModuleList(level(i, c[i] if i < depth - 1 else 0) for i in up)
+        self.up = nn.ModuleList(level(i, widths[i] if i < depth - 1 else 0) for i in up)
         self.upscale = nn.ModuleList(
-            nn.Sequential(layer_norm(c[i]), ConvUp(c[i], c[i - 1], 2, stride=2)) for i in up[:-1])
+            nn.Sequential(layer_norm(widths[i]), ConvUp(widths[i], widths[i - 1], 2, stride=2)) for i in up[:-1])
         # One per level and direction; None for a level that does not see the semantic latents.
         self.semantic_mappers = nn.ModuleList(
             nn.Linear(config.semantic_channels, cfg.cond_width) if cfg.sees_semantic[i] else None for i in (*down, *up))
-        self.out_norm = layer_norm(c[0])
-        self.out = nn.Linear(c[0], 2 * config.latent_channels * cfg.patch**2)
+        self.out_norm = layer_norm(widths[0])
+        self.out = nn.Linear(widths[0], 2 * config.latent_channels * cfg.patch**2)
 
         self.apply(init_weights)
         nn.init.normal_(self.text_mapper.weight, std=0.02)
@@ -773,56 +776,58 @@ class StageB(nn.Module):
         for blocks in (*self.down, *self.up):
             blocks.scale_branches(total=sum(cfg.blocks))
         for mapper in filter(None, self.semantic_mappers):
-            # The authors: N(0, 0.02). That is too quiet for a short run: B would not notice the semantic latents for
+            # The authors use N(0, 0.02). That is too weak for a short run: B would ignore the semantic latents for
             # thousands of steps.
             nn.init.normal_(mapper.weight, std=0.5)
 
     def forward(self, x, t, semantic, text):
         """x: noisy latents (B, h, w, 4), t (B,) in [0, 1], semantic (B, hs, ws, 16), text (B, L, text width)
-        -> predicted eps (B, h, w, 4). h and w divide by patch·2^(levels-1)."""
+        -> predicted eps (B, h, w, 4). h and w must be multiples of patch·2^(levels-1)."""
         return self.predict_eps(x, t, self.encode_conditions(semantic, text, x.shape[1:3]))
 
     def encode_conditions(self, semantic, text, size):
         """All that depends neither on x nor on t, so that sampling computes it once per image: per level, the semantic
         latents resized to the level's size and mapped, and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
-        text = self.text_norm(self.text_mapper(text))
-        levels, conditions = range(len(self.down)), []
-        for level, blocks, mapper in zip((*levels, *reversed(levels)), (*self.down, *self.up), self.semantic_mappers):
+        text, conditions = self.text_norm(self.text_mapper(text)), []                       # (B, L, cond_width)
+        for i, (blocks, mapper) in enumerate(zip((*self.down, *self.up), self.semantic_mappers)):
+            level = min(i, 2 * len(self.down) - 1 - i)  # 0, 1, 2, ... and back to 0
             h, w = (n // self.cfg.patch // 2**level for n in size)
             # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
-            mapped = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
-            conditions.append((mapped, blocks.keys_values(text)))
+            cells = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
+            conditions.append((cells, blocks.keys_values(text)))                           # (B, h, w, cond_width), ...
         return conditions
 
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 4), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 4)"""
         h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
-        # x = a + b·eps: the network says how much of x is clean (a), and how large the noise in it is (b).
+        # The authors' parametrisation of eps, x = a + b·eps: a is the clean part of x, b the size of the noise in it.
+        # The last layer starts at zero: then a = 0, b = 1/2, and eps is 2·x, which at least has the right direction.
         a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)  # (B, h, w, 4) each
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
 
     def unet(self, x, t, conditions):
-        """All but the last layer. x (B, h, w, channels), the rest as in `predict_eps` -> (B, h/patch, w/patch, c[0])"""
-        time, depth = time_embedding(t, self.time_width), len(self.down)             # (B, time_width)
-        h, skips = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch))), []  # (B, h/patch, w/patch, c[0])
+        """All but the last layer. x (B, h, w, channels), the rest as in `predict_eps`
+        -> (B, h/patch, w/patch, channels of the first level)"""
+        time, depth, skips = time_embedding(t, self.time_width), len(self.down), []
+        h = self.embed_norm(self.embed(space_to_depth(x, self.cfg.patch)))  # (B, h/patch, w/patch, channels[0])
         for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.down, conditions[:depth])):
             if i > 0:
-                h = self.downscale[i - 1](h)              # half as high and wide, c[i] channels
-            h = blocks(h, time, text_kv, None, semantic)
+                h = self.downscale[i - 1](h)              # half as high and wide, channels[i]
+            h = blocks(h, time, text_kv, semantic=semantic)
             skips.append(h)
         skips.pop()  # the lowest level's output is h itself
         for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.up, conditions[depth:])):
-            h = blocks(h, time, text_kv, skips.pop() if i > 0 else None, semantic)
+            h = blocks(h, time, text_kv, skip=skips.pop() if i > 0 else None, semantic=semantic)
             if i < len(self.upscale):
                 h = self.upscale[i](h)                    # twice as high and wide
         return self.out_norm(h)
 
 
 class SkipFirstResBlock(ResBlock):
-    """The ResBlock of the paper's first version where the U-Net's skip enters: before the convolution, each of whose
-    output channels sees two neighbouring channels of [x, skip]."""
+    """The ResBlock of the paper's first version where the U-Net's skip enters: it is concatenated before the depthwise
+    convolution, each output channel of which reads two adjacent channels of [x, skip]."""
 
     def __init__(self, channels, dropout):
         super().__init__(channels, dropout=dropout)
@@ -882,7 +887,7 @@ class TokenStageB(StageB):
 
 
 class StageC(nn.Module):
-    """Predicts eps in noisy semantic latents, given the text."""
+    """Predicts eps in noisy semantic latents, given the text, which enters in each AttnBlock."""
 
     def __init__(self, config):
         super().__init__()
@@ -893,7 +898,8 @@ class StageC(nn.Module):
         self.text_mapper = nn.Sequential(nn.Linear(config.text_c.width, cfg.width), nn.LeakyReLU(0.2),
                                          nn.Linear(cfg.width, cfg.width))
         self.embed = nn.Linear(config.semantic_channels, cfg.width)
-        self.blocks = BlockSequence(cfg.depth, cfg.width, cfg.heads, cfg.width, config.time_width, cfg.dropout)
+        self.blocks = BlockSequence(cfg.depth, cfg.width, heads=cfg.heads, cond_width=cfg.width,
+                                    time_width=config.time_width, dropout=cfg.dropout)
         self.out_norm = layer_norm(cfg.width)
         self.out = nn.Linear(cfg.width, 2 * config.semantic_channels)
 
@@ -924,7 +930,8 @@ class StageC(nn.Module):
 
             eps = (x − a)/(|1 − b| + 1e-5)
 
-        With a = b = 0, as at first, eps is x: right for t near 1.
+        The last layer starts at zero, so at first a = b = 0 and eps is x, nearly right when x is almost pure noise.
+        (As Stage B's x = a + b·eps, with another b.)
         x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
         h = self.blocks(self.embed(x), time_embedding(t, self.time_width), conditions)  # (B, h, w, width)
         a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)                              # (B, h, w, 16) each
@@ -932,7 +939,9 @@ class StageC(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code).
+# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling know only eps. For a
+# network that predicts v = √ᾱ·eps − √(1 − ᾱ)·x0, let `predict_eps` return √ᾱ·v + √(1 − ᾱ)·x, without a and b, and
+# choose another weight in `diffusion_loss`: (1 − ᾱ)·(error of eps)² is ᾱ·(1 − ᾱ)·(error of v)².
 
 
 def alpha_bar(t):
@@ -953,7 +962,7 @@ def add_noise(x0, eps, t):
 
 
 def training_times(n, device):
-    """Random times to train at: uniform up to 1.081, then clamped, so that 7.5 % of them are exactly 1, where sampling
+    """Random times to train at: uniform up to 1.081, then clamped, so that 7.5% of them are exactly 1, where sampling
     begins. -> (n,)"""
     return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
 
@@ -992,16 +1001,16 @@ def ddim_step(x, eps, t, t_next):
 
 
 def random_numbers(draw, shape, generator, device):
-    """What `draw` (torch.rand, torch.randn) gives: (B, ...), drawn on the generator's device, so that a seed gives the
-    same on any device. generator: one for the batch (None: PyTorch's own), or a list of B, one per image: then an image
-    does not depend on what else is in the batch."""
+    """Numbers (B, ...) by `draw` (torch.rand or torch.randn), drawn on the generator's device, so that a seed gives the
+    same numbers on every device. generator: one for the batch (None: PyTorch's own), or a list of B, one per image,
+    which makes an image independent of the rest of the batch."""
     if isinstance(generator, list):
         return torch.cat([random_numbers(draw, (1, *shape[1:]), one, device) for one in generator])
     return draw(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
 def normal_noise(shape, generator, device):
-    """Normal noise (B, H, W, C), drawn in NCHW order, in which a seed gives the reference's image."""
+    """Normal noise (B, H, W, C), drawn in NCHW order, so that a seed gives the same image as in diffusers."""
     B, H, W, C = shape
     return random_numbers(torch.randn, (B, C, H, W), generator, device).permute(0, 2, 3, 1).contiguous()
 
@@ -1044,7 +1053,7 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 
     network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
     conditions and guidance: see `guided`; sampler: "ddpm" or "ddim"; generator: for the `normal_noise` of each DDPM
-    step, the last too, where it counts for nothing; after_step(x, x0, t_next) -> x: called after each step with x, the
+    step, also the last, where it is multiplied by 0; after_step(x, x0, t_next) -> x: called after each step with x, the
     x0 that was predicted before the step, and the time reached; what it returns is the new x. ValueError for another
     sampler. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
@@ -1084,8 +1093,8 @@ def token_loss(logits, codes, replaced, t):
 @torch.no_grad()
 def sample_tokens(network, start, times, conditions, guidance=1.0, generator=None, temperatures=(1.0, 0.2),
                   after_step=None):
-    """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature, with a temperature
-    that falls from the first to the second; then it puts back the starting code of each token with probability t_next.
+    """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature, which falls from
+    temperatures[0] to temperatures[1]; then it resets each token to its starting code with probability t_next.
     network(codes, t, conditions) -> logits; start: random codes (B, h, w); after_step(codes, drawn, t_next) -> codes;
     the rest as in `sample` -> codes (B, h, w)"""
     codes = start
@@ -1112,8 +1121,8 @@ STAGES = {  # the file in a run folder: the networks in it
 
 
 def save_atomically(path, content):
-    """Writes a string, or with torch.save anything else, to a temporary file, then renames it: whenever the process
-    dies, the old file or the new one is whole. OSError if it can't be written."""
+    """Writes a string, or with torch.save anything else, to a temporary file, then renames it: if the process dies
+    at any time, the file at `path` is complete, the old or the new one. OSError if it can't be written."""
     new = Path(f"{path}.new")
     try:
         if isinstance(content, str):
@@ -1184,7 +1193,7 @@ class Wuerstchen(nn.Module):
         if H % self.config.stride or W % self.config.stride:
             raise UserError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
         if self.compressor is None:
-            raise UserError("no EfficientNetEncoder beside the snapshots: it compresses images")
+            raise UserError("no EfficientNetEncoder beside the snapshots: it is needed to compress images")
         return self.compressor(rescaled(images, self.config.rescale)).float()
 
     @torch.no_grad()
@@ -1209,7 +1218,7 @@ class Wuerstchen(nn.Module):
             semantic = torch.cat([semantic, torch.zeros_like(semantic)])
         conditions = self.b.encode_conditions(semantic, self.encode_text(prompts, "b"), x.shape[1:3])
         if self.config.b.token_width:
-            options.pop("sampler", None)  # tokens have one way only
+            options.pop("sampler", None)  # tokens have only one sampler
             codes = sample_tokens(self.b.predict_logits, x, times, conditions, guidance, **options)
             return self.a.quantizer.codebook[codes]
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale
@@ -1230,12 +1239,13 @@ class Wuerstchen(nn.Module):
 
     def generate(self, prompts, negative="", size=None, steps=(None, None), guidance=(None, None), seed=None,
                  **options):
-        """Draws an image per prompt: Stage C, then B, then A.
+        """Generates an image per prompt: Stage C, then B, then A.
 
         prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
-        trained), rounded to what the stages can draw; steps and classifier-free guidance scale: of C and of B (None:
-        the config's); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one per
-        image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0, 1]"""
+        trained), rounded to a size that the stages can generate; steps and classifier-free guidance scale: of C and of
+        B (None: the config's); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one
+        per image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0,
+        1]"""
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
         x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)
@@ -1245,10 +1255,10 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, prompts=None, seed=None, **options):
-        """What Stage A alone keeps of an image, and what the semantic latents do. images (B, H, W, 3) in [0, 1], sides
-        multiples of `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those of
-        `from_semantic`
-        -> (by Stage A alone, stride 4 and quantized; by Stages B and A from the semantic latents), both like images"""
+        """Reconstructs images twice: by Stage A alone, and from the semantic latents by B and A. images (B, H, W, 3) in
+        [0, 1], sides multiples of `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those
+        of `from_semantic`
+        -> the first (stride 4, quantized) and the second, both like images"""
         size = [side // 4 for side in images.shape[1:3]]
         from_b = self.from_semantic(self.compress(images), prompts or [""] * len(images), size,
                                     generator=generators(seed, len(images)), **options)
@@ -1308,7 +1318,7 @@ class Wuerstchen(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. The published weights, as they lie on the hub. Nothing here computes: it maps names and reads files.
+# 10. The published weights, as stored on the hub. Nothing here computes anything: it maps names and reads files.
 
 OFFICIAL_FOLDERS = {"text_c": "wuerstchen-prior/text_encoder", "c": "wuerstchen-prior/prior",
                     "text_b": "wuerstchen/text_encoder", "b": "wuerstchen/decoder", "a": "wuerstchen/vqgan",

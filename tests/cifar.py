@@ -164,8 +164,8 @@ def main(argv=None):
     images = {"real test images": test[chosen], "at the run's size": scaled, "by Stage A": by_a,
               "by Stage B, without caption": blind, "by Stage B": told,
               f"by Stage B, guidance {guidance[1]:g}": rebuilt(captions, guidance[1])[1],
-              "drawn, no guidance": drawn((1.0, 1.0)),
-              f"drawn, guidance {guidance[0]:g} and {guidance[1]:g}": final}
+              "generated, no guidance": drawn((1.0, 1.0)),
+              f"generated, guidance {guidance[0]:g} and {guidance[1]:g}": final}
 
     def at_32(images):
         return F.interpolate(images.movedim(-1, 1), (32, 32), mode="area").movedim(1, -1)
@@ -179,7 +179,7 @@ def main(argv=None):
         features = features_of(some)
         right = (classifier.head(features).argmax(dim=1) == asked).float()
         results[name] = {
-            "right": right.mean().item(), "95 %": wilson(right.sum().item(), len(right)),
+            "right": right.mean().item(), "95%": wilson(right.sum().item(), len(right)),
             "Fréchet": frechet(features, compared), "grid": grid(some), "border": border(some),
             "by class": {one: right[asked == i].mean().item() for i, one in enumerate(classes)}}
         print(f"{name:32}{100 * results[name]['right']:6.1f} %  Fréchet {results[name]['Fréchet']:6.1f}  "

@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE))
 import train  # noqa: E402
 import wuerstchen  # noqa: E402
 from paper import draw, test_set, train_stage, write  # noqa: E402
-from sample import make_chart, make_sheet  # noqa: E402
+from sample import make_sheet  # noqa: E402
 from score import check_all, in_batches, psnr  # noqa: E402
 from wuerstchen import (PRESETS, Config, SemanticCompressor, StageB, StageC, TokenStageB, Wuerstchen,  # noqa: E402
                         add_negatives, add_noise, generators, normal_noise, random_numbers, replace_tokens, resize,
@@ -305,7 +305,7 @@ def steps(args):
                 curves.setdefault(f"{name}, {sampler}", []).append((n, 100 * check_all(out, captions)["whole"]))
     write(OUT / "steps", {"whole captions, % (steps of B: 1, 2, 4, 8, 12)": {
         name: [round(y, 1) for _, y in curve] for name, curve in curves.items()}},
-        make_chart(curves, "steps of B", "whole captions right, %"))
+        train.plot(curves, "steps of B", "whole captions right, %"))
 
 
 def upsampling(args):

@@ -7,15 +7,15 @@ A lab: exercises in which you write the core of Würstchen yourself, and tests t
     python tests/lab.py solution 3               prints the reference
     python tests/lab.py finale                   in the copy: trains Stage C with your noise, loss and sampler
 
-Each exercise is one to three functions, cut out below their docstrings. `check` calls yours with the inputs of a probe
-and compares the results with the reference's. If they are those of a known wrong answer, it prints the hint for it. It
-grades each exercise alone: the functions of all others are the reference's. Where an exercise takes part in drawing, it
-also writes lab_N.png: what your version draws, above what the reference draws.
+Each exercise is one to three functions whose code below the docstring was cut out. `check` calls yours with the inputs
+of a probe and compares the results with the reference's. If they are those of a known wrong answer, it prints the hint
+for it. It grades each exercise alone: the functions of all others are the reference's. If an exercise is used in
+generating, it also writes lab_N.png: the images of your version, above those of the reference.
 
-How it works comes first, then the exercises. To add one, write a probe, and say which functions it asks for, with at
-least six wrong answers and three other right ones. The test suite proves that it fails when the functions are empty,
-that the reference passes, that every wrong answer fails with its own hint, and that the other right answers pass.
-"""
+The grading code comes first in this file, then the exercises. To add one, write a probe, and say which functions it
+asks for, with at least six wrong answers and three other right ones. The test suite proves that it fails when the
+functions are empty, that the reference passes, that every wrong answer fails with its own hint, and that the other
+right answers pass. """
 
 import argparse
 import ast
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent.parent
 # A working copy keeps the files as they were here; the project itself is its own reference.
 REFERENCE = HERE / "tests" / "reference" if (HERE / "tests" / "reference").exists() else HERE
 FILES = ("tokenizer/__init__.py", "wuerstchen.py", "train.py", "sample.py")
-SECONDS = 60  # that grading one exercise may take
+SECONDS = 60  # time limit for grading one exercise
 CAPTIONS = ["a big red circle to the left of a small blue square", "a yellow star", "a pink triangle"]
 sys.path[:0] = [str(REFERENCE), str(HERE / "tests")]
 
@@ -192,7 +192,7 @@ def judge(number, found):
 
 
 def grade(number):
-    """Prints how an exercise of the working copy went; draws with it. -> whether it is right"""
+    """Prints how an exercise of the working copy went; generates with it. -> whether it is right"""
     task = EXERCISES[number - 1]
     title = f"{number:3}  {{}}  {task.title}"
     try:
@@ -214,16 +214,16 @@ def grade(number):
         try:
             rows = [draw(module), draw(wuerstchen)]
             sample.make_sheet(rows, CAPTIONS).save(f"lab_{number}.png")
-            print(f"       lab_{number}.png: what yours draws, above what the reference draws")
+            print(f"       lab_{number}.png: your images, above the reference's")
         except Exception as error:
-            print(f"       it can't draw: {error!r}")
+            print(f"       it can't generate images: {error!r}")
     return not wrong
 
 
 @functools.cache
 @torch.no_grad()
 def draw(module):
-    """What the trained run draws with a module, the tokenizer's or wuerstchen.py's -> (3, H, W, 3) in [0, 1]"""
+    """What the trained model generates with a module, the tokenizer's or wuerstchen.py's -> (3, H, W, 3) in [0, 1]"""
     model = getattr(module, "Wuerstchen", wuerstchen.Wuerstchen).load(HERE / "tests" / "shapes")
     if not hasattr(module, "Wuerstchen"):
         model.tokenizer = model.tokenizer_b = module.Tokenizer.load(HERE / "tests" / "shapes" / "tokenizer")
@@ -403,16 +403,17 @@ def grn(m):
         "all sines, then all cosines; yours alternate": ("torch.cat([angles.sin(), angles.cos()], dim=1)",
                                                         "torch.stack([angles.sin(), angles.cos()], 2).flatten(1)"),
         "frequencies fall from 1: the exponent is negative": ("-math.log", "math.log"),
-        "x is scaled by 1 + a, not by a: with a = b = 0 the block does nothing": ("x * (1 + a) + b", "x * a + b"),
-        "a comes first, then b": ("a, b = self", "b, a = self"),
-        "the first half of the channels is a, the second b; yours alternate":
+        "x is multiplied by 1 + scale, not by scale: if both are 0, the block does nothing":
+            ("x * (1 + scale) + shift", "x * scale + shift"),
+        "scale comes first, then shift": ("scale, shift = self", "shift, scale = self"),
+        "the first half of the channels is scale, the second shift; yours alternate":
             (".chunk(2, dim=-1)", ".unflatten(-1, (-1, 2)).unbind(-1)"),
-        "b is added": ("x * (1 + a) + b", "x * (1 + a)"),
+        "shift is added": ("x * (1 + scale) + shift", "x * (1 + scale)"),
     },
     same=(
         ("torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))",
          "10000 ** (-torch.arange(half) / (half - 1))"),
-        ("x * (1 + a) + b", "x + x * a + b"),
+        ("x * (1 + scale) + shift", "x + x * scale + shift"),
         ("torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))",
          "torch.logspace(0, -4, half)"),
     ), draws=True)
@@ -502,7 +503,7 @@ def attn_block(m):
     "CLIP: one vector per caption, and the contrastive loss", "wuerstchen.py",
     ("CLIP.embed_text", "CLIP.compare", "contrastive_loss"), "CLIP", "how a text encoder is trained", 20,
     wrong={
-        "one too far: the last token of the caption has the number mask.sum() − 1":
+        "one too far: the caption's last token has the index mask.sum() − 1":
             ("mask.sum(dim=1) - 1", "mask.sum(dim=1)"),
         "the last position is padding: take the caption's own end token":
             ("mask.sum(dim=1) - 1", "torch.full((len(ids),), -1)"),
@@ -600,7 +601,7 @@ def quantizer(m):
 
 @exercise(
     "Stage C's prediction of the noise", "wuerstchen.py", ("StageC.predict_eps",), "3.2, E.3",
-    "a network that starts as the right answer", 10,
+    "a network that starts with the right answer for t near 1", 10,
     wrong={
         "1 − b can be negative: take its absolute value": ("(1 - b.float()).abs()", "(1 - b.float())"),
         "that is Stage B's b, with a sigmoid": ("((1 - b.float()).abs() + 1e-5)",
@@ -634,7 +635,7 @@ def stage_c(m):
 
 @exercise(
     "The noise schedule, and adding noise", "wuerstchen.py", ("alpha_bar", "add_noise"), "3.2",
-    "how much of the image is left at a time", 10,
+    "how much of the image is left at time t", 10,
     wrong={
         "ᾱ is clamped to [0.0001, 0.9999]": (".clamp(0.0001, 0.9999)", ""),
         "the cosine is squared": ("torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2",
@@ -735,7 +736,7 @@ def steps(m):
 
 @exercise(
     "The sampling loop, with classifier-free guidance", "wuerstchen.py", ("guided", "sample"), "3.3",
-    "how all of it draws", 25,
+    "how the whole model generates", 25,
     wrong={
         "guidance is reversed: it must lead to the conditional prediction": ("torch.lerp(unconditional, conditional,",
                                                                             "torch.lerp(conditional, unconditional,"),
@@ -807,37 +808,36 @@ def sampling(m):
     "which conditions are dropped and noised, and why", 25,
     wrong={
         "Stage B's x0 is the latents divided by scale": ("x0 = latents / scale", "x0 = latents"),
-        "yours is inverted: 25 % of the captions are dropped, not 75 %": ("torch.where(drop_text, null_text, text)",
+        "yours is inverted: 25% of the captions are dropped, not 75%": ("torch.where(drop_text, null_text, text)",
                                                                 "torch.where(drop_text, text, null_text)"),
         "no captions are dropped": ("torch.where(drop_text, null_text, text)", "text"),
         "a dropped caption is replaced by the null caption, not by zeros":
             ("torch.where(drop_text, null_text, text)", "torch.where(drop_text, 0, text)"),
         "zero after noising: noised zeros are not zero": (
-            "torch.where(bernoulli_mask(0.05, semantic), 0, semantic)", "semantic",
+            "torch.where(drop_semantic, 0, semantic)", "semantic",
             "    noised = add_noise(", "    semantic = torch.where(bernoulli_mask(0.05, semantic), 0, semantic)\n"
             "    noised = add_noise("),
         "each choice needs a mask of its own": (
-            "semantic = torch.where(bernoulli_mask(0.1, semantic)", "same = torch.rand(len(semantic), 1, 1, 1)\n"
-            "    semantic = torch.where((same < 0.1)", "bernoulli_mask(0.05, semantic)", "same < 0.05"),
-        "no semantic latents are zeroed": ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)", "semantic"),
-        "yours is inverted: 5 % of the semantic latents are zeroed, not 95 %":
-            ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)",
-             "torch.where(bernoulli_mask(0.05, semantic), semantic, 0)"),
+            "noise_semantic = bernoulli_mask(0.1, semantic)", "same = torch.rand(len(semantic), 1, 1, 1)\n"
+            "    noise_semantic = (same < 0.1)", "bernoulli_mask(0.05, semantic)", "same < 0.05"),
+        "no semantic latents are zeroed": ("torch.where(drop_semantic, 0, semantic)", "semantic"),
+        "yours is inverted: 5% of the semantic latents are zeroed, not 95%":
+            ("torch.where(drop_semantic, 0, semantic)",
+             "torch.where(drop_semantic, semantic, 0)"),
         "semantic latents are noised only where there is a caption": (" & ~drop_text[..., None]", ""),
-        "no semantic latents are noised": ("torch.where(bernoulli_mask(0.1, semantic) & ~drop_text[..., None], noised, "
-                                           "semantic)", "semantic"),
+        "no semantic latents are noised": ("torch.where(noise_semantic, noised, semantic)", "semantic"),
         "semantic latents are noised to times in [0, 0.5], not in [0, 1]": (" / 2)\n", ")\n"),
         "the times are those of Stage C; Stage B's are σ(0.5 + normal noise)":
             ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))", "training_times(len(x0), x0.device)"),
-        "the loss has the factor 0.4/√(ᾱ(t) + 0.02)": (", t, 0.4 / (alpha_bar(t) + 0.02).sqrt())", ", t)"),
-        "the noise is normal (randn), not uniform (rand)": ("torch.randn_like(x0)\n", "torch.rand_like(x0)\n"),
+        "the loss has the factor 0.4/√(ᾱ(t) + 0.02)": ("predicted, t, factor)", "predicted, t)"),
+        "the noise is normal (randn), not uniform (rand)": ("torch.randn_like(x0)", "torch.rand_like(x0)"),
         "the network is given x_t, not x0": ("b(add_noise(x0, eps, t), t,", "b(x0, t,"),
-        "the compressor learns from this loss: no detach, no no_grad": ("compressor(small).float()",
-                                                                       "compressor(small).float().detach()"),
+        "the compressor learns from this loss: no detach, no no_grad": ("compressor(resized).float()",
+                                                                       "compressor(resized).float().detach()"),
     },
     same=(
-        ("torch.rand(len(small), device=small.device) / 2", "torch.empty(len(small)).uniform_(0, 0.5)"),
-        ("torch.where(bernoulli_mask(0.05, semantic), 0, semantic)",
+        ("torch.rand(len(resized), device=resized.device) / 2", "torch.empty(len(resized)).uniform_(0, 0.5)"),
+        ("torch.where(drop_semantic, 0, semantic)",
          "semantic * (torch.rand(len(semantic), 1, 1, 1) >= 0.05)"),
         ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))",
          "1 / (1 + torch.exp(-torch.normal(0.5, 1.0, (len(x0),))))"),
@@ -886,23 +886,23 @@ def stage_b(m):
 
 
 EXPERIMENTS = """
-Seven experiments with the trained run in tests/shapes, and what to expect. The last three ask about pictures of
+Seven experiments with the trained model in tests/shapes, and what to expect. The last three ask about pictures of
 python tests/tour.py "a small blue square to the right of a big red circle", which writes tour/index.html.
 
 guidance    python tests/score.py --run tests/shapes --sweep --count 64
-            The first table, whole captions right: none at 0, where Stage C draws as for the null caption; 89 % at 1,
-            95 to 97 % from 2 to 8; 58 % at 16, which goes too far. Shapes' captions describe the image so completely
+            The first table, captions fully correct: none at 0, where Stage C has only the null caption; 89% at 1,
+            95 to 97% from 2 to 8; 58% at 16, which goes too far. Shapes' captions describe the image so completely
             that guidance can add little.
-steps       The second table of the same command: 28 % with one step of Stage C, 92 to 98 % from two on. Stage C
-            draws only 144 numbers.
+steps       The second table of the same command: 28% with one step of Stage C, 92 to 98% from two on. Stage C
+            generates only 144 numbers.
 B and C     python sample.py "a red star above a blue square" --out star.png
             python sample.py --vary star.png --count 6 --out vary.png
             python sample.py --vary star.png "a green circle" --count 6 --out told.png
-            Stage B draws the same semantic latents six times: shapes and places stay, Stage C has decided them
-            (appendix D). But no red star was shown in training, and without the caption some turn purple. Told another
-            caption, Stage B keeps colours and places; only the corners of the square become round.
+            Stage B decodes the same semantic latents six times: shapes and places stay, because Stage C has decided
+            them (appendix D). But no red star was shown in training, and without the caption some turn purple. Given
+            another caption, Stage B keeps colours and places; only the corners of the square become round.
 null        python sample.py "a red star" --cfg 0 --count 12
-            Stage C draws as for the null caption: one or two objects of any shape. Stage B still reads the caption:
+            Stage C generates as for the null caption: one or two objects of any shape. Stage B still reads the caption:
             half of the images have something red.
 cells       tour/3_semantic_2.png: a cell in the middle of an edge is replaced by that of another image. What does one
             cell decide? The colour of the object there, and sometimes part of its shape: the object reaches into other
@@ -955,7 +955,7 @@ def check(numbers):
 
 def finale(count=96, options=("--steps", "300", "--cache", "4096")):
     """Trains Stage C for a few minutes, on the compressor and Stage B that come with the code, with the working copy's
-    noise, loss and sampler in place of the reference's; draws with it, and prints its score."""
+    noise, loss and sampler in place of the reference's; generates with it, and prints its score."""
     import score
     import train
     shipped = wuerstchen.Wuerstchen.load(HERE / "tests" / "shapes")
@@ -975,15 +975,15 @@ def finale(count=96, options=("--steps", "300", "--cache", "4096")):
     minutes, model = (time.time() - begun) / 60, wuerstchen.Wuerstchen.load(folder)
     drawn = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(count)])
     sample.make_sheet([drawn[:8], theirs], captions[:8]).save("lab_finale.png")
-    print("lab_finale.png: what yours draws, above what the model that comes with the code draws\n"
-          f"{score.check_all(drawn, captions)['whole']:.0%} of {count} whole captions right after {minutes:.1f} "
+    print("lab_finale.png: your images, above those of the model that comes with the code\n"
+          f"{score.check_all(drawn, captions)['whole']:.0%} of {count} captions fully correct after {minutes:.1f} "
           "minutes")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution", "finale"))
-    parser.add_argument("numbers", nargs="*", help="of exercises, or all; check: those of the copy if not given")
+    parser.add_argument("numbers", nargs="*", help="of the exercises, or all (default for check: those of the copy)")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the working copy goes: a new folder")
     args = parser.parse_intermixed_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")  # for ᾱ, on Windows too

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
-from sample import make_chart, make_sheet  # noqa: E402
+from sample import make_sheet  # noqa: E402
 from score import check_all, frechet, in_batches, psnr  # noqa: E402
 from wuerstchen import (CLIP, StageB, Wuerstchen, add_noise, diffusion_loss, generators,  # noqa: E402
                         normal_noise, sample, timesteps)
@@ -105,7 +105,7 @@ def draw_baseline(model, network, text_encoder, captions, seeds, steps=UNET_STEP
 
 
 def train_baseline(folder, steps):
-    """As Stage B: the recipe, the scale of the latents, the times. As Stage C: the text encoder is trained too, and 5 %
+    """As Stage B: the recipe, the scale of the latents, the times. As Stage C: the text encoder is trained too, and 5%
     of the captions are dropped."""
     args = train.parse_args(["--run", str(folder), "--device", "cpu", "--steps", str(steps)])
     run = train.Run(args, train.open_data(args))
@@ -177,7 +177,7 @@ def baseline(args):
               "one U-Net": unet}
     write(OUT / "baseline",
           {name: [{"seconds": seconds, **found} for seconds, found in curve] for name, curve in curves.items()},
-          make_chart({name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
+          train.plot({name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
                       for name, curve in curves.items()}, "minutes of training steps", "whole captions right, %"))
 
 
@@ -215,7 +215,7 @@ def speed(args):
         steps, _ = timed(lambda: sample(unet.predict_eps, noise_b, timesteps(5, "cpu"), conditions, 2.0))
         seconds = (c, b, a, c + b + a, text + UNET_STEPS / 5 * steps + a)
         results[f"{size} px, batch {batch}"] = {name: round(s / batch, 3) for name, s in zip(SPEED, seconds)}
-    write(OUT / "speed", {"seconds per image": results}, make_chart(
+    write(OUT / "speed", {"seconds per image": results}, train.plot(
         {name: [(size, results[f"{size} px, batch 1"][name]) for size in (128, 256, 512)] for name in SPEED},
         "side in pixels", "seconds per image, batch 1", log=True))
 
@@ -313,7 +313,7 @@ def size(args):
             curves[name] = list(enumerate(losses, 16))
             results[name] = {f"loss {value}": next((i for i, loss in curves[name] if loss < value), None)
                              for value in (0.08, 0.06, 0.04)}
-    write(OUT / "size", results, make_chart(curves, "steps of C", "loss", log=True))
+    write(OUT / "size", results, train.plot(curves, "steps of C", "loss", log=True))
 
 
 def main(argv=None):

@@ -6,9 +6,10 @@ Measures how good a trained run is, on captions and images that it was not train
     python tests/score.py --run runs/tiny --count 500
     python tests/score.py --run runs/tiny --sweep --out sweep.png "a red star"
 
---sweep changes the guidance scale and the numbers of steps, one at a time: a table for each, the same numbers in
-sweep.json, a chart, and a grid of images. Below: formulas; the checker of Shapes, which looks only at the pixels and
-says which attributes of a caption an image has; Judge, which computes a row of a table; the two commands.
+--sweep changes the guidance scale and the numbers of steps, one at a time. It prints a table for each, and writes
+sweep.json (the same numbers), a chart, and a grid of images. Below: formulas; the checker of Shapes, which looks only
+at the pixels and says which attributes of a caption an image has; Judge, which computes a row of a table; the two
+commands.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import make_chart, make_sheet, pick_device, redraw  # noqa: E402
-from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Scene, examples, open_data,  # noqa: E402
+from sample import make_sheet, pick_device, redraw  # noqa: E402
+from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Scene, examples, open_data, plot,  # noqa: E402
                    read_options)
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
 
@@ -57,7 +58,7 @@ def codebook_usage(codes, codebook_size):
 
 
 def wilson(right, count):
-    """95 % confidence interval of the share right / count (Wilson, 1927) -> (low, high)"""
+    """95% confidence interval of the share right / count (Wilson, 1927) -> (low, high)"""
     z, share = 1.959964, right / count
     middle = (share + z ** 2 / (2 * count)) / (1 + z ** 2 / count)
     half = z / (1 + z ** 2 / count) * (share * (1 - share) / count + z ** 2 / (4 * count ** 2)) ** 0.5
@@ -70,7 +71,7 @@ def wilson(right, count):
 GRID = 128          # each image is first resized to GRID x GRID; all lengths below are in these pixels
 MIN_AREA = 60       # smaller blobs are specks, not objects (the smallest object, a small star, has 170 pixels)
 MAX_DISTANCE = 70   # RGB distance above which a colour is none of ours
-MIN_OVERLAP = 0.75  # intersection over union below which a shape is none of ours; good drawings have 0.86 to 1
+MIN_OVERLAP = 0.75  # intersection over union below which a shape is none of ours; those of Shapes have 0.86 to 1
 BIG_RADIUS = GRID * (SIZES["small"][1] + SIZES["big"][0]) / 2  # halfway between small and big
 ATTRIBUTES = ("colour", "shape", "size", "relation", "background", "count")
 # An object in an image; centre: of its bounding box. Blob() is a missing one: nothing is right, with nan no relation.
@@ -202,12 +203,12 @@ def whole(answer):
 
 def check_all(images, captions):
     """The checker's answers as shares: images (N, H, W, 3) in [0, 1], N captions -> {attribute: share that is right,
-    "whole": share of images where everything is right, "95 %": its confidence interval}"""
+    "whole": share of images where everything is right, "95%": its confidence interval}"""
     answers = [check(x, caption) for x, caption in zip((images * 255).round().byte().cpu().numpy(), captions)]
     bools = {name: [right for answer in answers for right in answer[name]] for name in ATTRIBUTES}
     right = sum(map(whole, answers))
     return {name: float(np.mean(found)) for name, found in bools.items() if found} | {
-        "whole": right / len(captions), "95 %": wilson(right, len(captions))}
+        "whole": right / len(captions), "95%": wilson(right, len(captions))}
 
 
 def in_batches(function, *inputs, size=32):
@@ -215,9 +216,9 @@ def in_batches(function, *inputs, size=32):
     return torch.cat([function(*(x[i:i + size] for x in inputs)) for i in range(0, len(inputs[0]), size)])
 
 
-def draw(model, captions, args, **changes):
-    """An image for each caption, with the settings in args and these changes; image i has the seed args.seed + i. In
-    batches of at most 800,000 pixels, to limit the memory. -> (N, H, W, 3) in [0, 1]"""
+def generate(model, captions, args, **changes):
+    """Generates an image for each caption, with the settings in args, changed by `changes`; image i has the seed
+    args.seed + i. In batches of at most 800,000 pixels, to limit the memory. -> (N, H, W, 3) in [0, 1]"""
     args = argparse.Namespace(**vars(args) | changes)
     steps, guidance = (args.steps_c, args.steps_b), (args.cfg, args.cfg_b)
     seeds, size = range(args.seed, args.seed + len(captions)), max(1, 800_000 // model.config.image_size ** 2)
@@ -259,7 +260,7 @@ class Judge:
 
 # The columns of a table, and how their numbers are printed.
 COLUMNS = dict.fromkeys((*ATTRIBUTES, "whole"), "{:.1%}") | {
-    "95 %": "{0[0]:.1%} to {0[1]:.1%}", "CLIP": "{:.1f}", "Fréchet": "{:.2f}", "PSNR": "{:.1f}"}
+    "95%": "{0[0]:.1%} to {0[1]:.1%}", "CLIP": "{:.1f}", "Fréchet": "{:.2f}", "PSNR": "{:.1f}"}
 SWEEP = {"cfg": (0, 1, 2, 4, 8, 16), "steps_c": (1, 2, 4, 8, 16, 60), "steps_b": (1, 2, 4, 8, 12, 20)}
 
 
@@ -280,9 +281,9 @@ def finish(judge, args, file_name, numbers):
     """Prints what the columns mean, and writes the numbers to a file in the run folder."""
     print(f"{judge.count} images per row (Fréchet depends on this number), with captions never used in training.")
     print("CLIP: 100 times the cosine between image and caption, by the run's own CLIP model." if judge.clip else
-          f"No CLIP score: {args.run} has no clip.pt (python train.py text makes it).")
+          f"No CLIP score: {args.run} has no clip.pt (python train.py text writes it).")
     if judge.features:
-        print(f"Fréchet: distance to as many other test images, in the features of {args.inception or 'this model'}.")
+        print(f"Fréchet: distance to as many other test images, by features of {args.inception or 'this model'}.")
     path = Path(args.run) / file_name
     path.write_text(json.dumps({"settings": vars(args)} | numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(f"wrote {path}")
@@ -291,10 +292,10 @@ def finish(judge, args, file_name, numbers):
 def score(model, args):
     """Prints one table for a run, and writes it to score.json."""
     judge, rows = Judge(model, args), {}
-    for name, split in {"drawn": "test", "drawn, held-out pairs": "heldout"}.items():
+    for name, split in {"generated": "test", "generated, held-out pairs": "heldout"}.items():
         if split == "test" or judge.shapes:
             captions, real = judge.examples(split)[1], judge.examples(split, batch=1)[0]
-            rows[name] = judge(draw(model, captions, args), captions, real)
+            rows[name] = judge(generate(model, captions, args), captions, real)
 
     def by_b(images, seeds, captions):
         return redraw(model, images, captions, strength=0, steps=(None, args.steps_b), guidance=(None, args.cfg_b),
@@ -302,9 +303,9 @@ def score(model, args):
 
     (images, captions), (real, _) = judge.examples("test"), judge.examples("test", batch=1)
     seeds = range(args.seed, args.seed + judge.count)
-    for name, rebuilt in {"rebuilt by B and A": in_batches(by_b, images, seeds, [""] * judge.count),
-                          "same, B told captions": in_batches(by_b, images, seeds, captions),
-                          "rebuilt by A": in_batches(lambda x: model.a(x)[0].clamp(0, 1), images)}.items():
+    for name, rebuilt in {"reconstructed by B and A": in_batches(by_b, images, seeds, [""] * judge.count),
+                          "same, B given the captions": in_batches(by_b, images, seeds, captions),
+                          "reconstructed by A": in_batches(lambda x: model.a(x)[0].clamp(0, 1), images)}.items():
         rows[name] = judge(rebuilt, captions, real) | {"PSNR": psnr(rebuilt, images).mean().item()}
     rows["the images"] = judge(images, captions, real)
     codes = in_batches(lambda x: model.a.quantizer(model.a.encode(x))[1], images)
@@ -318,25 +319,27 @@ def score(model, args):
 
 
 def sweep(model, args):
-    """Draws the prompt with each guidance scale (columns) and number of steps of Stage C (rows), always with the same
-    seed, and writes this grid to args.out. Then prints a table for each setting, and writes all to sweep.json."""
+    """Generates an image of the prompt with each guidance scale (columns) and number of steps of Stage C (rows),
+    always with the same seed, and writes this grid to args.out. Then prints a table for each setting, and writes all
+    tables to sweep.json."""
     judge, tables, grid = Judge(model, args), {}, []
     captions, real = judge.examples("test")[1], judge.examples("test", batch=1)[0]
     prompt = args.prompt or captions[0]
     for steps in SWEEP["steps_c"]:
-        row = torch.cat([draw(model, [prompt], args, cfg=cfg, steps_c=steps) for cfg in SWEEP["cfg"]]).cpu()
+        row = torch.cat([generate(model, [prompt], args, cfg=cfg, steps_c=steps) for cfg in SWEEP["cfg"]]).cpu()
         label = Image.new("RGB", (row.shape[2], row.shape[1]), "white")  # a white image in front of the row
         ImageDraw.Draw(label).text((4, label.height // 2), f"{steps} steps of C", "black")
         grid.append(torch.cat([torch.from_numpy(np.array(label))[None] / 255, row]))
     make_sheet(grid, [prompt, *(f"guidance {cfg}" for cfg in SWEEP["cfg"])]).save(args.out)
     print(f"wrote {args.out}")
     for name, values in SWEEP.items():
-        tables[name] = {value: judge(draw(model, captions, args, **{name: value}), captions, real) for value in values}
+        tables[name] = {value: judge(generate(model, captions, args, **{name: value}), captions, real)
+                        for value in values}
         print_table(name, tables[name])
     if judge.shapes:
         curves = {name: [(value, 100 * row["whole"]) for value, row in table.items()] for name, table in tables.items()}
         path = Path(args.out).with_suffix(".chart.png")
-        make_chart(curves, "guidance scale, or steps", "whole captions right, %").save(path)
+        plot(curves, "guidance scale, or steps", "captions fully correct, %").save(path)
         print(f"wrote {path}")
     finish(judge, args, "sweep.json", tables)
 
@@ -348,7 +351,7 @@ def main(argv=None):
     add("prompt", nargs="?", help="what the grid of --sweep shows (default: the first test caption)")
     add("--run", default="runs/tiny", help="run folder (default: runs/tiny)")
     add("--count", type=int, default=200, help="images per row of a table, at least 2 (default: 200)")
-    add("--seed", type=int, default=0, help="seed of the first image; each image has the next seed (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the first image; each further image has the next (default: 0)")
     add("--steps-c", type=int, help="steps of Stage C (default: the run's)")
     add("--steps-b", type=int, help="steps of Stage B (default: the run's)")
     add("--cfg", type=float, help="guidance scale of Stage C; 1: none (default: the run's)")

@@ -51,10 +51,10 @@ def test_what_is_said_of_a_run(tmp_path, monkeypatch):
     first = (run / "cifar.json").read_text()
     found = json.loads(first)
     assert [*found] == ["real test images", "at the run's size", "by Stage A", "by Stage B, without caption",
-                        "by Stage B", "by Stage B, guidance 1", "drawn, no guidance", "drawn, guidance 3 and 1"]
+                        "by Stage B", "by Stage B, guidance 1", "generated, no guidance", "generated, guidance 3 and 1"]
     for part in found.values():
         assert part["right"] == 0.25 and part["by class"]["a bird"] == 1 and part["Fréchet"] > 0
-    assert found["real test images"]["Fréchet"] < found["drawn, no guidance"]["Fréchet"]
+    assert found["real test images"]["Fréchet"] < found["generated, no guidance"]["Fréchet"]
     assert Image.open(run / "cifar.png").size == (2 * 68 + 4, 4 * 68 + 4)
     assert Image.open(run / "nearest.png").size == (4 * 36 + 4, 3 * 36 + 4)
     judge = score.Judge(cifar.Wuerstchen.load(run), Namespace(run=run, count=3, inception=None))

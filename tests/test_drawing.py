@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import sample as script
+import train
 from small import BLUE, RED, last_words, make_model, make_run, odd_images, one_core, shapes  # noqa: F401
 from wuerstchen import add_noise, generators, normal_noise, sample
 
@@ -232,12 +233,12 @@ def test_what_is_too_long_is_said(run, capsys):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("", "nothing to draw"), ("--redraw a.png", "nothing to draw"), ("--vary a.png --mix a.png b.png", "allowed"),
+    ("", "nothing to generate"), ("--redraw a.png", "nothing to generate"), ("--vary a.png --mix a.png b.png", "allowed"),
     ("--fill a.png half.png cat --device mps", "--device mps: PyTorch"),
     ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
     ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"),
-    ("--fill a.png wide.png cat", "wide.png has another shape than a.png: 200x100 and 64x64 pixels")])
+    ("--fill a.png wide.png cat", "wide.png has another aspect ratio than a.png: 200x100 and 64x64 pixels")])
 def test_bad_commands_get_one_clear_line(run, command, message, monkeypatch):
     monkeypatch.chdir(run)
     Image.new("L", (200, 100)).save("wide.png")
@@ -273,10 +274,13 @@ def test_chart():
     red, blue = (215, 48, 31), (43, 108, 176)  # of the first curve and the second
     for log, middle, height in ((False, 10, 24), (True, 10 ** 0.5, 170)):
         curves = {"a": [(0, 1), (50, middle), (100, 10)], "b": [(0, 1), (100, 1)]}
-        chart = script.make_chart(curves, "x", "y", log)
+        chart = train.plot(curves, "x", "y", log)
         assert chart.getpixel((450, 24)) == red and chart.getpixel((255, height)) == red
         assert chart.getpixel((200, 316 if log else 287)) == blue  # an axis that is not logarithmic begins at 0
-    assert script.make_chart({"one": [(3, 3)]}, "x", "y").size == (640, 360)
+        dashed = train.plot(curves, "x", "y", log, dashed={"b": [(0, 10), (100, 10)]})
+        colours = [dashed.getpixel((x, 24)) for x in range(62, 448)]
+        assert 0.3 < colours.count(blue) / len(colours) < 0.8
+    assert train.plot({"one": [(3, 3)]}, "x", "y").size == (640, 360)
 
 
 def test_fill_needs_latents(model):

@@ -205,7 +205,7 @@ def test_script_half_precision_and_saved_run_draw_the_same(snapshot, tmp_path, c
     sample.main(["a cat", *command.split()])
     drawn = model.generate(**options)
     assert np.array_equal(Image.open(tmp_path / "out.png"), sample.to_pil(drawn[0]))
-    assert "drawn at 128x256: " in capsys.readouterr().out
+    assert "generated at 128x256: " in capsys.readouterr().out
     half = Wuerstchen.from_official(snapshot, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert half.b.out.weight.dtype == torch.bfloat16 and (half.generate(**options) - drawn).abs().mean() < 0.02

@@ -154,7 +154,7 @@ def test_finale_trains_and_draws_with_the_students_functions(monkeypatch, tmp_pa
     lab.finale(2, ["--steps", "1", "--batch-size", "2", "--cache", "16"])
     assert mine == set(names) - {"ddim_step"} and not theirs
     assert (tmp_path / "lab_finale.png").exists()
-    assert re.search("% of 2 whole captions right after 0.[0-9] minutes", capsys.readouterr().out)
+    assert re.search("% of 2 captions fully correct after 0.[0-9] minutes", capsys.readouterr().out)
 
 
 def test_an_endless_loop_is_wrong(monkeypatch, capsys):

@@ -102,7 +102,7 @@ def test_idle_codes_move_onto_latents():
     assert codebook.isfinite().all()
 
 
-# Stages B and C. ROWS are many, for shares of them: the standard deviation of a share of 25 % is 0.7 %.
+# Stages B and C. ROWS are many, for shares of them: the standard deviation of a share of 25% is 0.7%.
 
 ROWS = 4000
 TEXT, NULL = torch.ones(ROWS, 3, 2), torch.full((1, 3, 2), -1.0)
@@ -132,8 +132,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.tensor(100.0))
 
-    def forward(self, small):
-        return (self.w * small[:, :1, :1, :1]).expand(-1, 1, 1, 16)
+    def forward(self, resized):
+        return (self.w * resized[:, :1, :1, :1]).expand(-1, 1, 1, 16)
 
 
 def loss_b(b, compressor=Compressor()):
@@ -219,7 +219,7 @@ def begin(run, tmp_path, monkeypatch):
     def begin(stage, loss, *options):
         found = SimpleNamespace(calls=[])
 
-        def fit(run, stage, network, batches, loss_fn, preview=None, held_out=(), lr_scale=lambda name: 1):
+        def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr_scale=lambda name: 1):
             found.run, found.network, found.lr_scale = run, network, lr_scale
             found.batch = next(batches(0, run.recipe(stage)))
             found.loss_fn = lambda step: loss_fn(network, found.batch, step)
@@ -273,13 +273,14 @@ def test_stage_b_gets_latents_and_text(begin):
     stage = begin("b", "stage_b_loss")
     loss, numbers = stage.loss_fn(0)
     assert loss == 7.5 and numbers == {"loss_0": 1.5, "loss_25": 5.5, "loss_50": 9.5, "loss_75": 13.5}
-    (b, compressor, scale, small, latents, text, null_text), model, batch = stage.calls[0], stage.run.model, stage.batch
+    b, compressor, scale, resized, latents, text, null_text = stage.calls[0]
+    model, batch = stage.run.model, stage.batch
     assert b is stage.network["b"] and compressor is stage.network["compressor"] and scale is model.a.scale
-    assert torch.equal(small * 255, batch["small"].float())
+    assert torch.equal(resized * 255, batch["resized"].float())
     assert torch.equal(latents, batch["latents"].float())
     close(text, model.encode_text(batch["captions"], "b"))
     close(stage.cache["latents"], model.a.encode(stage.images))
-    close(stage.cache["small"] / 255, rescaled(stage.images, 0.75).clamp(0, 1), atol=0.0021, rtol=0)  # rounded
+    close(stage.cache["resized"] / 255, rescaled(stage.images, 0.75).clamp(0, 1), atol=0.0021, rtol=0)  # rounded
     close(null_text, model.encode_text([""], "b"))
     assert stage.lr_scale("compressor.norm.weight") == 0.2 and stage.lr_scale("b.out.weight") == 1
 

@@ -36,11 +36,11 @@ def test_report(run):
     assert f"PyTorch {torch.__version__} on cpu" in text and "Preset tiny, data shapes, 64 px" in text
     assert [row[0].strip() for row in rows] == ["text", "a", "b", "c"] and {len(row) for row in rows} == {len(header)}
     last = {row["stage"]: row for row in metrics(run)}
-    for stage, minutes, steps, batch, speed, memory, loss, held_out, _ in rows:
+    for stage, minutes, steps, batch, speed, memory, loss, test_loss, _ in rows:
         row = last[stage.strip()]
         assert (int(steps), int(batch)) == (4, 8) and 0 <= float(minutes) < 5 and 0.1 < float(memory) < 20
         assert float(loss) == pytest.approx(row["loss"], abs=1e-4)
-        assert float(held_out) == pytest.approx(row["held_out"], abs=1e-4)
+        assert float(test_loss) == pytest.approx(row["test_loss"], abs=1e-4)
     for link in re.findall(r"\]\((.+?)\)", text):
         assert (run / link).exists(), link
 
@@ -108,14 +108,14 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --preset huge", "invalid choice: 'huge'"),
     ("train.py --image-size 50", "multiple of 32"),
     ("train.py --image-size 128 --run {run}", "image_size 64"),
-    ("train.py --data cifar10", "--data-dir is needed with --data cifar10, cifar100, coco, folder, and only"),
-    ("train.py --data-dir {run}", "--data-dir is needed with --data cifar10, cifar100, coco, folder, and only"),
+    ("train.py --data cifar10", "--data cifar10 needs a --data-dir"),
+    ("train.py --data-dir {run}", "--data shapes takes no --data-dir"),
     ("train.py --data cifar10 --data-dir {run}", "cifar-10-batches-bin: --download fetches it"),
     ("train.py --data folder --data-dir {none}", "none is not a folder"),
     ("train.py --data folder --data-dir {none} --run {none}/../none", "must be a folder of its own"),
     ("train.py --data folder --data-dir {run}", "too few images"),
     ("train.py --data folder --data-dir {run} --run {code}", "must be a folder of its own"),
-    ("train.py --run=", "must be a folder of its own"), ("train.py --data folder --data-dir=", "--data-dir is needed"),
+    ("train.py --run=", "must be a folder of its own"), ("train.py --data folder --data-dir=", "--data folder needs a --data-dir"),
     ("train.py --run {part}", "has no options.json of a run"), ("sample.py a-cat --run {part}", "/tokenizer: train it"),
     ("train.py b --init-from {none}", "there is no such folder"),
     ("train.py --download", "--download needs --data cifar10, cifar100, coco"),

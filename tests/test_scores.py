@@ -72,12 +72,12 @@ def test_judge(model, run):
     assert captions == [data.caption(i) for i in range(6)] and ((others[0] * 255).byte().numpy() == data[6][0]).all()
     same, different = judge(images, captions, images), judge(images, captions, others)
     assert abs(same["Fréchet"]) < 1e-3 * different["Fréchet"]
-    assert all(same[key] == 1 for key in (*score.ATTRIBUTES, "whole")) and same["95 %"] == score.wilson(6, 6)
+    assert all(same[key] == 1 for key in (*score.ATTRIBUTES, "whole")) and same["95%"] == score.wilson(6, 6)
     images[:2] = 1
     spoilt = judge(images, captions, others)
-    assert spoilt["whole"] == spoilt["count"] == 4 / 6 and spoilt["95 %"] == score.wilson(4, 6)
+    assert spoilt["whole"] == spoilt["count"] == 4 / 6 and spoilt["95%"] == score.wilson(4, 6)
     # This caption names no size, relation or background.
-    assert set(score.check_all(images[-1:], ["a red star"])) == {"colour", "shape", "count", "whole", "95 %"}
+    assert set(score.check_all(images[-1:], ["a red star"])) == {"colour", "shape", "count", "whole", "95%"}
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_draw_gives_each_image_its_own_seed(model, monkeypatch):
 
     monkeypatch.setattr(model, "generate", generate)
     captions = [f"image {i}" for i in range(197)]  # 195 are 798,720 pixels
-    assert len(score.draw(model, captions, args, cfg=4.0)) == 197
+    assert len(score.generate(model, captions, args, cfg=4.0)) == 197
     assert [some for some, _ in calls] == [captions[:195], captions[195:]]
     assert calls[1][1] == dict(seed=[198, 199], steps=(1, 2), guidance=(4.0, 1.0))
 
@@ -132,20 +132,20 @@ def test_score(model, run, capsys):
     score.main(["--run", str(run), *FEW, "--seed", "5"])
     table, kept = capsys.readouterr().out.splitlines(), json.loads((run / "score.json").read_text("utf-8"))
     rows, usage = kept["rows"], kept["codebook"]
-    assert table[0].split() == [*score.ATTRIBUTES, "whole", "95", "%", "CLIP", "Fréchet", "PSNR"]
-    assert list(rows) == ["drawn", "drawn, held-out pairs", "rebuilt by B and A", "same, B told captions",
-                          "rebuilt by A", "the images"]
+    assert table[0].split() == [*score.ATTRIBUTES, "whole", "95%", "CLIP", "Fréchet", "PSNR"]
+    assert list(rows) == ["generated", "generated, held-out pairs", "reconstructed by B and A",
+                          "same, B given the captions", "reconstructed by A", "the images"]
     assert all(line.startswith(name) for line, name in zip(table[1:], rows)) and kept["settings"]["steps_c"] == 2
-    assert rows["the images"]["whole"] == 1 and "PSNR" not in rows["drawn"]
+    assert rows["the images"]["whole"] == 1 and "PSNR" not in rows["generated"]
     assert f"Codebook: {usage['usage']:.1%} in use" in table[7] and 1 <= usage["perplexity"] <= 256
     # The numbers are those of the images that the model gives with these seeds.
     images, captions = zip(*(Shapes(64, split="test")[i] for i in range(4)))
     images, seeds = torch.from_numpy(np.stack(images)) / 255, [5, 6, 7, 8]
     by_a, by_b = model.reconstruct(images, steps=2, seed=seeds)
-    for name, rebuilt in {"rebuilt by A": by_a, "rebuilt by B and A": by_b, "same, B told captions":
+    for name, rebuilt in {"reconstructed by A": by_a, "reconstructed by B and A": by_b, "same, B given the captions":
                           model.reconstruct(images, list(captions), steps=2, seed=seeds)[1]}.items():
         assert rows[name]["PSNR"] == pytest.approx(score.psnr(rebuilt, images).mean().item(), abs=1e-3)
-    assert rows["rebuilt by B and A"]["PSNR"] != rows["same, B told captions"]["PSNR"]
+    assert rows["reconstructed by B and A"]["PSNR"] != rows["same, B given the captions"]["PSNR"]
     assert "4 images per row:\n\n```\n" + "\n".join(table[:7]) in (run / "report.md").read_text("utf-8")
 
 
@@ -164,7 +164,8 @@ def test_score_of_another_data_set_without_clip(run, tmp_path, monkeypatch, caps
     score.main(["--run", str(tmp_path), *FEW])
     rows = json.loads((tmp_path / "score.json").read_text("utf-8"))["rows"]
     assert asked == [argparse.Namespace(data="photos", image_size=64)]
-    assert rows["drawn"] == {} and list(rows["rebuilt by A"]) == ["PSNR"] and "drawn, held-out pairs" not in rows
+    assert rows["generated"] == {} and list(rows["reconstructed by A"]) == ["PSNR"]
+    assert "generated, held-out pairs" not in rows
     assert f"No CLIP score: {tmp_path} has no clip.pt" in capsys.readouterr().out
 
 
@@ -175,7 +176,7 @@ def test_sweep(run, tmp_path, monkeypatch):
         settings.append((len(captions), changes))
         return torch.ones(len(captions), 64, 64, 3)
 
-    monkeypatch.setattr(score, "draw", draw)
+    monkeypatch.setattr(score, "generate", draw)
     score.main(["a red star", "--sweep", "--run", str(run), *FEW, "--out", str(tmp_path / "grid.png")])
     tables = json.loads((run / "sweep.json").read_text("utf-8"))
     assert settings[:36] == [(1, dict(cfg=cfg, steps_c=n)) for n in (1, 2, 4, 8, 16, 60) for cfg in (0, 1, 2, 4, 8, 16)]

@@ -54,7 +54,7 @@ def test_hard_negatives_are_almost_right():
 
 def test_shares_of_captions():
     scenes = [parse(Shapes(seed=2).caption(i)) for i in range(3000)]
-    # More than the 40 % of random_scene: captions of two objects more often have a held-out pair, and are left out.
+    # More than the 40% of random_scene: captions of two objects more often have a held-out pair, and are left out.
     assert 0.38 < np.mean([len(s.objects) == 1 for s in scenes]) < 0.48
     assert 0.7 < np.mean([size is not None for s in scenes for size, _, _ in s.objects]) < 0.8
     assert all(len(pairs(s.caption())) == len(s.objects) for s in scenes)

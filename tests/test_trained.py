@@ -34,8 +34,8 @@ def test_it_rebuilds_images(model):
 def test_sample_draws_with_it_unless_told_otherwise(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(EXAMPLE, "runs/tiny")
-    for command, said in (([], f"drawing with {EXAMPLE}, which comes with the code\n"),
-                          (["--run", "runs/tiny"], "drawing with runs/tiny\n")):
+    for command, said in (([], f"generating with {EXAMPLE}, which comes with the code\n"),
+                          (["--run", "runs/tiny"], "generating with runs/tiny\n")):
         sample.main(["a red circle", "--steps-c", "10", "--device", "cpu", *command])
         output = capsys.readouterr().out
         assert said in output and f"PyTorch {torch.__version__} on cpu, float32, " in output

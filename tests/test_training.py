@@ -398,21 +398,21 @@ def test_errors_are_one_line(micro, tmp_path):
     new = tmp_path / "new"
     for name, value in (("preset", "small"), ("data", "coco"), ("image-size", "64"), ("init-from", "x")):
         assert f"was begun with {name.replace('-', '_')} " in last_words("train.py", "--run", micro, f"--{name}", value)
-    for message, *options in (("multiple of 32", "--image-size", "40"), ("is needed with --data", "--data", "coco"),
+    for message, *options in (("multiple of 32", "--image-size", "40"), ("needs a --data-dir", "--data", "coco"),
                               ("needs the stage to train", "--init-from", micro),
                               ("0 with captions", "--data", "folder", "--data-dir", tmp_path)):
         assert message in last_words("train.py", "--run", new, *options) and not new.exists()
 
 
-def test_held_out_loss_is_of_test_data_with_the_same_noise(run, tmp_path):
+def test_the_test_loss_always_has_the_same_noise(run, tmp_path):
     """At every checkpoint, of the averaged weights in evaluation mode; nothing else changes."""
-    def train_b(name, held_out):
+    def train_b(name, tests):
         folder, seen = shutil.copytree(run, tmp_path / name), []
         for file in ("b.pt", "c.pt", "metrics.jsonl"):
             (folder / file).unlink()
         with pytest.MonkeyPatch.context() as patch:
-            if not held_out:
-                patch.setattr(train.Run, "held_out", lambda *_: ())
+            if not tests:
+                patch.setattr(train.Run, "test_batches", lambda *_: ())
             loss = train.stage_b_loss
             patch.setattr(train, "stage_b_loss", lambda b, compressor, *more: seen.append(
                 (b.training, compressor.training, more[2].mean().item())) or loss(b, compressor, *more))
@@ -421,12 +421,12 @@ def test_held_out_loss_is_of_test_data_with_the_same_noise(run, tmp_path):
         return metrics(folder), seen
     rows, seen = train_b("with", True)
     without, _ = train_b("without", False)
-    assert [row["step"] for row in rows if "held_out" in row] == [2, 4, 6]
-    assert [row["loss"] for row in rows] == [row["loss"] for row in without] and "held_out" not in without[1]
-    held_out = [one for one in seen if not one[0]]
-    assert len(held_out) == 6 and not any(compressor for _, compressor, *_ in held_out)  # 64 images, three times
-    assert held_out[:2] == held_out[2:4] == held_out[4:]  # the same images
-    found = [row["held_out"] for row in rows if "held_out" in row]
+    assert [row["step"] for row in rows if "test_loss" in row] == [2, 4, 6]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in without] and "test_loss" not in without[1]
+    tests = [one for one in seen if not one[0]]
+    assert len(tests) == 6 and not any(compressor for _, compressor, *_ in tests)  # 64 images, three times
+    assert tests[:2] == tests[2:4] == tests[4:]  # the same images
+    found = [row["test_loss"] for row in rows if "test_loss" in row]
     assert found == pytest.approx(3 * [found[0]], rel=0.01)  # with the same noise; only BatchNorm's statistics change
 
 
@@ -440,7 +440,7 @@ def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
             train.main([stage, "--run", str(folder), *FEW, *options])
         return len(computed)
     monkeypatch.setattr(train, "fit", kill)
-    monkeypatch.setattr(train.Run, "held_out", lambda *_: [])
+    monkeypatch.setattr(train.Run, "test_batches", lambda *_: [])
     for place, name in ((train, "rescaled"), (Wuerstchen, "compress")):  # b and c compute these
         monkeypatch.setattr(place, name, lambda *x, f=getattr(place, name): computed.append(0) or f(*x))
     for stage, before in (("b", "a.pt"), ("c", "b.pt")):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
 import wuerstchen as w  # noqa: E402
-from sample import make_chart, make_sheet, run_script, to_pil, to_tensor  # noqa: E402
+from sample import make_sheet, run_script, to_pil, to_tensor  # noqa: E402
 
 MODEL = HERE / "tests" / "shapes"
 CAPTION = "a big red circle to the left of a small blue square"
@@ -104,7 +104,7 @@ def words(guide):
     caption, count = guide.caption, len(guide.tokens)
     text = guide.model.encode_text([caption], "b")[0]
     yield (table(text[:count, :12], guide.tokens, [str(i) for i in range(12)], 1),
-           "Each token becomes a vector: twelve of its numbers, in a row. A token sees only itself and those before: "
+           "Each token becomes a vector; a row shows twelve of its numbers. A token sees only itself and those before: "
            "the last one stands for the whole caption.", w.Tokenizer.encode, w.TextEncoder)
     others = [caption, *(caption.replace(a, b) for a, b in (
         ("red", "pink"), ("red", "green"), ("circle", "star"), ("big", "small"), ("left", "right"),
@@ -126,13 +126,13 @@ def stage_a(guide):
     shades = torch.rand(len(a.quantizer.codebook), 3, generator=torch.Generator().manual_seed(0))
     yield (make_sheet([torch.cat([images, enlarge(channels, side), enlarge(shades[codes], side)])],
                       ["image", *(f"latent channel {i}" for i in range(len(channels))), "codes"]),
-           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). The nearest codebook "
-           "entry's number is their code (a random colour); Stage B uses the latents.", w.VQGAN.encode, w.Quantizer)
+           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). Their code is the "
+           "nearest codebook entry's number (a random colour); Stage B uses the latents.", w.VQGAN.encode, w.Quantizer)
     changed, (y, x) = latents.clone(), (n // 2 for n in latents.shape[1:3])
     changed[0, y, x, 0] += latents[..., 0].std()
     yield (make_sheet([torch.cat([images, rebuilt, 1 - 8 * (rebuilt - images).abs(),
                                   1 - 8 * (a.decode(changed) - a.decode(latents)).abs()])],
-                      ["image", "rebuilt from its codes", "difference (x8)",
+                      ["image", "reconstructed from its codes", "difference (x8)",
                        "effect of shifting one latent by one standard deviation (x8)"]),
            "Most of what is lost is at the edges. One latent changes only the pixels around it.", w.VQGAN.decode)
 
@@ -148,9 +148,9 @@ def semantic(guide):
         mixed[cell] = e[j][cell]
         rows.append(torch.stack([marked(images[i], cell, n), marked(images[j], cell, n),
                                  *guide.by_b(torch.stack([e[i], mixed]))]))
-    yield (make_sheet(rows, ["an image", "another", "drawn from the first's cells", "with the other's framed cell"]),
-           "Stage B draws an image's semantic latents, without a caption; then with a cell of another image. A cell "
-           "says what is there; the cells around it hold some of the outline too.", w.Wuerstchen.from_semantic)
+    yield (make_sheet(rows, ["an image", "another", "decoded from the first's cells", "with the other's framed cell"]),
+           "Stage B decodes an image's semantic latents, without a caption; then with one cell of another image. A "
+           "cell says what is there; the cells around it hold some of the outline too.", w.Wuerstchen.from_semantic)
     values, rows = (-3, -1.5, 0, 1.5, 3), []
     for channel in range(0, channels, max(1, channels // 4)):
         swept = e[1:2].repeat(len(values), 1, 1, 1)
@@ -169,13 +169,13 @@ def noise(guide):
     latents, cells = (w.add_noise(x.expand(5, *x.shape[1:]), torch.randn(1, *x.shape[1:]), times) for x in (x0, e))
     yield (make_sheet([model.a.decode(latents * model.a.scale), guide.by_b(model.c.denormalise(cells))],
                       [f"t = {t:.2f}" for t in times]),
-           "Above: noise in Stage A's latents, decoded. Below: noise in the semantic latents, drawn by Stage B: sharp, "
-           "but in the end another image.", w.add_noise)
+           "Above: noise in Stage A's latents, decoded. Below: noise in the semantic latents, decoded by B: sharp, but "
+           "at the end a different image.", w.add_noise)
     a = w.alpha_bar(t := torch.linspace(0, 1, 101))
     curves = {"signal left": a, "weight of C's loss": 1 - a, "weight of B's loss": (1 - a) * 0.4 / (a + 0.02).sqrt()}
-    yield (make_chart({name: [*zip(t.tolist(), y.tolist())] for name, y in curves.items()}, "t", ""),
-           "The signal left at time t, and the weight of the error at that time. Stage C trains at all times alike; "
-           "Stage B mostly between 0.4 and 0.9, so that the end of its curve counts in few images.",
+    yield (train.plot({name: [*zip(t.tolist(), y.tolist())] for name, y in curves.items()}, "t", ""),
+           "The signal left at time t, and the weight of the error at that time. Stage C trains on all times equally; "
+           "Stage B mostly on times from 0.4 to 0.9, so few images have times near the end of its curve.",
            w.alpha_bar, w.diffusion_loss, train.stage_b_loss)
 
 
@@ -187,12 +187,12 @@ def stage_c(guide):
     x, x0 = (torch.cat([seen[i - 1][j] for i in shown]) for j in (0, 1))
     yield (make_sheet([guide.by_b(model.c.denormalise(x0)), enlarge(colours(x[..., 0], 3), guide.images.shape[1])],
                       [f"step {i} of 60" for i in shown]),
-           "Above: the clean latents that Stage C predicts, drawn by B: first the mean of all that fit the caption. "
+           "Above: the clean latents that Stage C predicts, decoded by B: first the mean of all that fit the caption. "
            "Below: a channel of the noisy latents.", w.predict_x0, w.ddpm_step)
 
 
 def attention(guide):
-    """Where it looks"""
+    """Attention: where Stages B and C look"""
     model, weights, attend = guide.model, [], F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None):
@@ -220,9 +220,9 @@ def attention(guide):
     rows = torch.stack([block[y * grid + x] for y, x in places])
     maps = rows[:, :grid * grid].view(2, grid, grid, 1).expand(-1, -1, -1, 3)
     maps = enlarge(1 - maps / maps.amax(dim=(1, 2, 3), keepdim=True), guide.images.shape[1])
-    yield (make_sheet([torch.cat([drawn, maps])], ["drawn", "middle of the left half", "middle of the right half"]),
-           "Which places of the image two places of Stage B attend to (dark: more), in a block at the U-Net's lowest "
-           "level." + guide.known * " Not to their own object, as one might expect, but to a few others.",
+    yield (make_sheet([torch.cat([drawn, maps])], ["generated", "middle of the left half", "middle of the right half"]),
+           "Which positions of the image two positions in Stage B attend to (dark: more), in a block at the U-Net's "
+           "lowest level." + guide.known * " Not to their own object, as one might expect, but to a few others.",
            w.Attention.attend)
     yield (table(rows[:, grid * grid:][:, :len(names)], ["left", "right"], names),
            "The same two places' attention to the words." + guide.known * " Each attends to its own object's word.",
@@ -230,7 +230,7 @@ def attention(guide):
 
 
 def guidance(guide):
-    """Guidance: away from what is drawn without a caption"""
+    """Guidance: away from the prediction without a caption"""
     columns = {"no caption": ("", 1)} | {f"guidance {s}": (guide.caption, s) for s in (1, 2, 4, 8)}
     drawn = [guide.model.generate([caption] * 3, seed=[0, 1, 2], guidance=(s, 1)) for caption, s in columns.values()]
     yield (make_sheet([*torch.stack(drawn, dim=1)], [*columns]),
@@ -245,17 +245,17 @@ def stage_b(guide):
     shown = (1, 2, 3, 4, 6, 8, 10, 12)
     yield (make_sheet([model.a.decode(torch.cat([seen[i - 1] for i in shown]) * model.a.scale)],
                       [f"step {i} of 12" for i in shown]),
-           "The clean latents that Stage B predicts, decoded by Stage A. From the first step on, everything is in its "
-           "place, as the semantic latents say where; the others make it sharp.", w.StageB.predict_eps, w.sample)
+           "The clean latents that Stage B predicts, decoded by Stage A. At the first step, everything is already in "
+           "place, as the semantic latents say where; the later steps make it sharp.", w.StageB.predict_eps, w.sample)
     given, captions = torch.cat([e, e, 0 * e, 0 * e]), [guide.captions[1], "", guide.captions[1], ""]
     yield (make_sheet([guide.by_b(given, captions, seed) for seed in range(2)],
                       ["both", "without the caption", "without the semantic latents", "with neither"]),
            "Two seeds, a row each. The semantic latents settle almost everything. The caption alone, which training "
-           "seldom gave Stage B, does not suffice.", train.noisy_conditions)
+           "seldom gave Stage B, is not enough.", train.noisy_conditions)
 
 
 def training(guide):
-    """What a model draws early, halfway and at the end of its training"""
+    """What a model generates early, halfway and at the end of its training"""
     for stage in "bc":
         sheets = sorted((guide.folder / "sheets").glob(f"{stage}_*.png"))
         for path in sorted({*sheets[:1], *sheets[len(sheets) // 2:][:1], *sheets[-1:]}):

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer (Radford et al. 2021): text in, token ids out. It is a byte-level byte-pair encoding (BPE).
+"""CLIP's tokenizer (Radford et al. 2021): text in, token ids out. It uses byte-level byte-pair encoding (BPE).
 
     "A Café!"  --clean-->  "a café!"  --split-->  a | café | !  --bytes, merges-->  a</w> | cafÃ©</w> | !</w>
 
@@ -33,9 +33,9 @@ ALPHABET = [*SYMBOL.values(), *(symbol + WORD_END for symbol in SYMBOL.values())
 
 
 def clean(text: str, repair: bool = False) -> str:
-    """Normalize a text: composed accents (Unicode NFC), single spaces, lower case. "A  RED Square" -> "a red square".
+    """Normalise a text: composed accents (Unicode NFC), single spaces, lower case. "A  RED Square" -> "a red square".
 
-    With `repair`, first correct what is typical of web text: wrong encodings ("cafÃ©"), curly quotes, "&amp;".
+    With `repair`, first mend what is typical of web text: wrong encodings ("cafÃ©"), curly quotes, "&amp;".
     """
     if repair:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, because "&amp;amp;" is common
@@ -87,7 +87,7 @@ class Tokenizer:
     repair     see `clean`. True in the code of the CLIP paper; False for the published Stages B and C
     seen       the pieces of the captions that it was trained on; None for a published tokenizer
 
-    START, END and the pad token can also stand in a caption; each becomes its single id, as in `transformers`. So if
+    START, END and the pad token may also appear in a caption; each becomes its own id, as in `transformers`. So if
     "!" is the pad token, "wow!!" ends with two pad ids.
     """
 
@@ -98,7 +98,7 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.special = (START, END, pad_token)
         self.start_id, self.end_id, self.pad_id = (vocab[token] for token in self.special)
-        self.cache = {token: [vocab[token]] for token in self.special}  # piece -> ids, as words are repeated often
+        self.cache = {token: [vocab[token]] for token in self.special}  # piece -> ids, because most words occur often
 
     @classmethod
     def train(cls, captions: Iterable[str], merges: int = 400, length: int = 77) -> "Tokenizer":
@@ -220,7 +220,7 @@ class Tokenizer:
         return self.decode(self.encode(text)[self.length - 2:])
 
     def unseen(self, text: str) -> list[str]:
-        """The pieces of the text that no training caption had; none if these are not known."""
+        """The pieces of the text that were in no training caption; [] if those captions are not known."""
         return [] if self.seen is None else [piece for piece in split(text, self.special, self.repair)
                                              if piece not in self.seen]
 
