@@ -233,7 +233,8 @@ def test_what_is_too_long_is_said(run, capsys):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("", "nothing to generate"), ("--redraw a.png", "nothing to generate"), ("--vary a.png --mix a.png b.png", "allowed"),
+    ("", "nothing to generate"), ("--redraw a.png", "nothing to generate"),
+    ("--vary a.png --mix a.png b.png", "allowed"),
     ("--fill a.png half.png cat --device mps", "--device mps: PyTorch"),
     ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
