@@ -141,9 +141,10 @@ def redraw(model, images, prompts, strength=0.6, negative="", steps=(None, None)
         x = normal_noise(semantic.shape, generator, model.device)
         if strength < 1:
             x = add_noise(model.c.normalise(semantic), x, times[:1])
-        semantic = model.sample_c(x, times, prompts, negative, guidance[0], generator=generator, sampler=sampler)
-    return model.from_semantic(semantic, prompts, latent_size_of(images), negative, steps[1], guidance[1], generator,
-                               sampler=sampler)
+        semantic = model.sample_c(x, times, prompts, negative=negative, guidance=guidance[0], generator=generator,
+                                  sampler=sampler)
+    return model.from_semantic(semantic, prompts, latent_size_of(images), negative=negative, steps=steps[1],
+                               guidance=guidance[1], generator=generator, sampler=sampler)
 
 
 def keep(known, mask, noise):
@@ -166,11 +167,11 @@ def fill(model, images, masks, prompts, negative="", steps=(None, None), guidanc
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
                       for x in (semantic, latents))
     noise = normal_noise(semantic.shape, options["generator"], model.device)
-    semantic = model.sample_c(noise, model.times(steps[0], "c"), prompts, negative, guidance[0],
+    semantic = model.sample_c(noise, model.times(steps[0], "c"), prompts, negative=negative, guidance=guidance[0],
                               after_step=keep(semantic, kept_c, noise), **options)
     noise = normal_noise(latents.shape, options["generator"], model.device)
-    latents = model.sample_b(noise, model.times(steps[1], "b"), semantic, prompts, negative, guidance[1],
-                             after_step=keep(latents, kept_b, noise), **options)
+    latents = model.sample_b(noise, model.times(steps[1], "b"), semantic, prompts, negative=negative,
+                             guidance=guidance[1], after_step=keep(latents, kept_b, noise), **options)
     return model.a.decode(latents).float().clamp(0, 1)
 
 
@@ -187,11 +188,11 @@ def film(model, prompts, seeds, size=None, negative="", steps=(None, None), guid
         return x
 
     x = normal_noise((len(prompts), *semantic_size, model.config.semantic_channels), generator, model.device)
-    semantic = model.sample_c(x, model.times(steps[0], "c"), prompts, negative, guidance[0], generator=generator,
-                              sampler=sampler, after_step=remember)
+    semantic = model.sample_c(x, model.times(steps[0], "c"), prompts, negative=negative, guidance=guidance[0],
+                              generator=generator, sampler=sampler, after_step=remember)
     frames = [(x0, 4) for x0 in estimates] + [(semantic, steps[1])]
-    return [model.from_semantic(x0, prompts, latent_size, negative, n, guidance[1],
-                                [one.clone_state() for one in generator], sampler=sampler)
+    return [model.from_semantic(x0, prompts, latent_size, negative=negative, steps=n, guidance=guidance[1],
+                                generator=[one.clone_state() for one in generator], sampler=sampler)
             for x0, n in tqdm(frames, "film", unit="frame")]
 
 
@@ -322,7 +323,7 @@ def generate(model, args):
         return make_sheet([given, *model.reconstruct(given, prompts, seeds, **b_options)],
                           [Path(path).name for path in paths])
     if args.mix:
-        return make_sheet([mix(model, given, prompts[0], args.count, args.seed, **b_options)])
+        return make_sheet([mix(model, given, prompts[0], count=args.count, seed=args.seed, **b_options)])
     if args.film:
         frames = [to_sheet(frame, args) for frame in film(model, prompts, seeds, size, **options)]
         frames[0].save(args.film, save_all=True, append_images=frames[1:], loop=0,

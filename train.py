@@ -585,8 +585,8 @@ def train_a(run):
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
     # A code has a gradient only when it is chosen, but must keep up with moving latents: hence a higher learning rate.
-    average = fit(run, "a", network.to(run.device), run.batches, loss_fn,
-                  lambda average, images, captions: [average["a"](images)[0]], run.test_batches("a"),
+    average = fit(run, "a", network.to(run.device), run.batches, loss_fn, test_batches=run.test_batches("a"),
+                  preview=lambda average, images, captions: [average["a"](images)[0]],
                   lr_scale=lambda name: 5 if name.endswith("codebook") else 1)
     run.model.a = average["a"]
     set_scale(run)
@@ -643,9 +643,11 @@ def train_b(run):
         with torch.no_grad():
             text, null_text = run.encode(model.text_b, batch["captions"])
         if tokens:
-            losses, t = token_stage_b_loss(b, compressor, resized, batch["latents"].long(), text, null_text)
+            losses, t = token_stage_b_loss(b, compressor, resized, codes=batch["latents"].long(), text=text,
+                                           null_text=null_text)
         else:
-            losses, t = stage_b_loss(b, compressor, model.a.scale, resized, batch["latents"].float(), text, null_text)
+            losses, t = stage_b_loss(b, compressor, model.a.scale, resized, latents=batch["latents"].float(), text=text,
+                                     null_text=null_text)
         return losses.mean(), by_time(losses, t)
 
     def preview(average, images, captions):
@@ -653,7 +655,8 @@ def train_b(run):
         return model.reconstruct(images, captions, seed=0)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
-    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview, run.test_batches("b", compute),
+    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview=preview,
+                  test_batches=run.test_batches("b", compute),
                   lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1)
     model.compressor, model.b = average["compressor"], average["b"]
 
@@ -694,7 +697,8 @@ def train_c(run):
         model.text_c, model.c = average["text_c"], average["c"]
         return [*model.reconstruct(images, seed=0, guidance=1), model.generate(captions, seed=0)]
 
-    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview, run.test_batches("c", compute),
+    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview=preview,
+                  test_batches=run.test_batches("c", compute),
                   lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
     model.text_c, model.c = average["text_c"], average["c"]
 

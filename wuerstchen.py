@@ -1233,7 +1233,7 @@ class Wuerstchen(nn.Module):
             x = (random_numbers(torch.rand, shape[:3], generator, self.device) * self.config.a.codebook_size).long()
         else:
             x = normal_noise(shape, generator, self.device)
-        latents = self.sample_b(x, self.times(steps, "b"), semantic, prompts, negative, guidance,
+        latents = self.sample_b(x, self.times(steps, "b"), semantic, prompts, negative=negative, guidance=guidance,
                                 generator=generator, **options)
         return self.a.decode(latents).float().clamp(0, 1)
 
@@ -1249,9 +1249,10 @@ class Wuerstchen(nn.Module):
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
         x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)
-        semantic = self.sample_c(x, self.times(steps[0], "c"), prompts, negative, guidance[0],
+        semantic = self.sample_c(x, self.times(steps[0], "c"), prompts, negative=negative, guidance=guidance[0],
                                  generator=generator, **options)
-        return self.from_semantic(semantic, prompts, latent_size, negative, steps[1], guidance[1], generator, **options)
+        return self.from_semantic(semantic, prompts, latent_size, negative=negative, steps=steps[1],
+                                  guidance=guidance[1], generator=generator, **options)
 
     @torch.no_grad()
     def reconstruct(self, images, prompts=None, seed=None, **options):
@@ -1377,17 +1378,18 @@ def official_name(part, name, config):
 
 def official_config(c):
     """Our sizes from the snapshots' {"text_c", "text_b", "a", "b", "c"}: config.json as a dictionary -> Config"""
-    text_c, text_b = (TextConfig(d["vocab_size"], d["max_position_embeddings"], d["hidden_size"],
-                                 d["num_hidden_layers"], d["num_attention_heads"], d["intermediate_size"])
-                      for d in (c["text_c"], c["text_b"]))
+    text_c, text_b = (TextConfig(vocab_size=d["vocab_size"], length=d["max_position_embeddings"],
+                                 width=d["hidden_size"], depth=d["num_hidden_layers"], heads=d["num_attention_heads"],
+                                 mlp_width=d["intermediate_size"]) for d in (c["text_c"], c["text_b"]))
     a, b, c = c["a"], c["b"], c["c"]
     return Config(
         semantic_channels=c["c_in"], latent_channels=b["c_in"], time_width=b["c_r"], text_c=text_c, text_b=text_b,
-        a=VQGANConfig((a["embed_dim"] // 2, a["embed_dim"]), a["bottleneck_blocks"], a["num_vq_embeddings"],
-                      a["scale_factor"]),
-        b=StageBConfig(b["c_hidden"], b["blocks"], [max(0, heads) for heads in b["nhead"]], b["inject_effnet"],
-                       b["c_cond"], b["patch_size"], b["dropout"]),
-        c=StageCConfig(c["c"], c["depth"], c["nhead"], c["dropout"]))
+        a=VQGANConfig(channels=(a["embed_dim"] // 2, a["embed_dim"]), blocks=a["bottleneck_blocks"],
+                      codebook_size=a["num_vq_embeddings"], scale=a["scale_factor"]),
+        b=StageBConfig(channels=b["c_hidden"], blocks=b["blocks"], heads=[max(0, heads) for heads in b["nhead"]],
+                       sees_semantic=b["inject_effnet"], cond_width=b["c_cond"], patch=b["patch_size"],
+                       dropout=b["dropout"]),
+        c=StageCConfig(width=c["c"], depth=c["depth"], heads=c["nhead"], dropout=c["dropout"]))
 
 
 def load_official(model, part, weights):

@@ -177,10 +177,10 @@ class CodebookTokenStageB(PlacedTokenStageB):
         self.logits.weight.data = self.tokens.weight.data.clone()
 
 
-def late_token_stage_b_loss(*given, loss=train.token_stage_b_loss):
+def late_token_stage_b_loss(*given, loss=train.token_stage_b_loss, **named):
     """More of the times are near 1, where nearly all codes are random ones and only the semantic latents help."""
     with mock.patch.object(train, "training_times", lambda n, device: 1 - torch.rand(n, device=device) ** 2):
-        return loss(*given)
+        return loss(*given, **named)
 
 
 def noisier_conditions(*given, conditions=train.noisy_conditions):

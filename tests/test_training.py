@@ -414,8 +414,9 @@ def test_the_test_loss_always_has_the_same_noise(run, tmp_path):
             if not tests:
                 patch.setattr(train.Run, "test_batches", lambda *_: ())
             loss = train.stage_b_loss
-            patch.setattr(train, "stage_b_loss", lambda b, compressor, *more: seen.append(
-                (b.training, compressor.training, more[2].mean().item())) or loss(b, compressor, *more))
+            patch.setattr(train, "stage_b_loss", lambda b, compressor, *more, latents, **named: seen.append(
+                (b.training, compressor.training, latents.mean().item())) or loss(
+                    b, compressor, *more, latents=latents, **named))
             train.main(["b", "--run", str(folder), "--steps", "6", "--save-every", "2", "--batch-size", "32", "--lr",
                         "1e-12", "--log-every", "1", "--cache", "64"])
         return metrics(folder), seen
