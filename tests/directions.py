@@ -9,9 +9,10 @@ the text encoder and Stage A of the model that comes with the code.
     python tests/directions.py upsampling    Stage B at 128 px, from the semantic latents of images of 64 px
     python tests/directions.py text          Stage B trained without captions
 
-`tokens` took 86 minutes of one core (AMD EPYC, Zen 3), `positions` 40, the others less. Each writes tests/directions/NAME.json, with a chart
-or a sheet of images beside it. Everything is seeded. The recipe is that of the preset quick, with --steps for Stage B.
-Runs stay in --run, and are not trained again: give another folder if you change something.
+`tokens` took 86 minutes of one core (AMD EPYC, Zen 3), `positions` 40, the others less. Each writes
+tests/directions/NAME.json, with a chart or a sheet of images beside it. Everything is seeded. The recipe is that of the
+preset quick, with --steps for Stage B. Runs stay in --run, and are not trained again: give another folder if you change
+something.
 """
 
 import argparse
