@@ -148,8 +148,9 @@ def redraw(model, images, prompts, strength=0.6, negative="", steps=(None, None)
 
 
 def keep(known, mask, noise):
-    """For `after_step` of `sample`: puts known latents back where the mask (B, h, w, 1) is True, noised to the time
-    reached (the idea of RePaint, Lugmayr et al., 2022, without its resampling)."""
+    """For `after_step` of `sample`: resets the latents to the known ones, noised to the time reached, where the mask
+    (B, h, w, 1) is True, that is, where `fill` generates nothing (the idea of RePaint, Lugmayr et al., 2022, without
+    its resampling)."""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
     return after_step
@@ -354,7 +355,8 @@ def generate(model, args):
 
 
 def to_sheet(images, args):
-    """One image alone; else a row per prompt, or one row of prompts with their text -> PIL image"""
+    """One image as it is; several of each prompt as a row per prompt; else one row, each image above its prompt
+    -> PIL image"""
     if len(images) == 1:
         return to_pil(images[0])
     return make_sheet(images.split(args.count)) if args.count > 1 else make_sheet([images], args.prompts)

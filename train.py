@@ -119,7 +119,7 @@ def noisy_conditions(compressor, resized, text, null_text):
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
         e: noised at a random time in [0, 0.5] for 10% of the images that have a caption (the authors: in 30%
-           of the batches, with and without captions); then zeroed for 5% of all
+           of the batches, whether or not captions are dropped); after that, zeroed for 5% of all images
 
     each choice by a `bernoulli_mask` of its own.
 
@@ -146,7 +146,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
         most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
         the loss has the factor 0.4/√(ᾱ(t) + 0.02), whose mean is 1, besides the P2 weight
 
-    At such times noise hides the shapes, but errors in them still raise the loss, so B must use e.
+    At such times, noise hides the shapes in the latents, but guessing them wrongly still costs B, so it must read e.
     latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
     -> each image's loss and its time, (B,) each"""
     semantic, text = noisy_conditions(compressor, resized, text, null_text)
@@ -230,8 +230,9 @@ def orthogonal(x, dtype):
 
         y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
 
-    which bring the singular values closer together: from [0.005, 1.02], after the first division, to [0.04, 1.96],
-    [0.15, 1.84] and [0.48, 1.51] (Amsel et al., 2025). Values below 0.005 end lower."""
+    by which the ratio of the largest to the smallest singular value falls. Dividing by the norm leaves them in [0.005,
+    1.02] (smaller ones stay too small); the steps bring them to [0.04, 1.96], [0.15, 1.84] and [0.48, 1.51] (Amsel et
+    al., 2025)."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     y = y.mT if tall else y
@@ -400,8 +401,8 @@ class Run:
             file.write(json.dumps(numbers) + "\n")
 
     def load(self, numbers, size):
-        """Batches number `numbers` of the training images: (size, H, W, 3) in [0, 1], and the captions of each image,
-        one per line."""
+        """For each n in `numbers`, the n-th batch of training images: (size, H, W, 3) in [0, 1], and each image's
+        captions, one per line."""
         indices = (range(n * size, (n + 1) * size) for n in numbers)
         for images, texts in DataLoader(self.train_data, batch_sampler=indices, num_workers=self.args.workers,
                                         generator=torch.Generator(),  # else it draws from the global one
@@ -426,10 +427,11 @@ class Run:
         return text[:-1], text[-1:]
 
     def cached(self, name, made_from, compute):
-        """What compute(images) -> {key: tensor (B, ...)} gives for the first --cache training images (rounded up to
-        batches of 16; if not given, all of a data set on disk), computed once; with --flip, for their mirror images
-        too. The cache is used again if it is newer than `made_from`, the file of the stage it depends on, and than
-        options.json. Every finished stage deletes it, so it serves only to resume.
+        """Runs compute(images) -> {key: tensor (B, ...)} once on the first --cache training images (rounded up to
+        batches of 16) or, without --cache, on all images of a data set on disk; with --flip, on their mirror images
+        too. The results are kept in cache/<name>/, and computed again if they are incomplete, or older than
+        options.json or than `made_from`, the file of the stage they depend on. Every stage deletes cache/ when it is
+        finished, so it only helps to resume an interrupted stage.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -464,8 +466,8 @@ class Run:
         return arrays | {"captions": read_json(complete)}
 
     def test_batches(self, stage, compute=None):
-        """The first 64 test images, in batches of the stage's size if that is smaller (the last one may go beyond 64):
-        as `batches` yields them or, with compute, as `cached_batches` does"""
+        """The first 64 test images, in batches of the stage's batch size, at most 64. All batches are full, so the last
+        may go beyond 64. Each is as `batches` yields it or, with compute, as `cached_batches` does."""
         size, found = min(64, self.recipe(stage).batch), []
         for start in range(0, 64, size):
             images, captions = examples(self.test_data, size, start)
@@ -527,8 +529,9 @@ def words_read(caption, tokenizer):
 def hard_negatives(caption, between, rng):
     """Captions that are almost right, and nearly always wrong: one with a word replaced, one with two words swapped. A
     word is put only between neighbours that it has in some training caption (`words_between`). Random swaps are mostly
-    not English, and the text encoder would reject them without the image. Shapes' test captions are left out (and one
-    in sixteen of any other data). caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
+    not English, and the text encoder would reject them without the image. A wrong caption that is `reserved` for
+    testing is left out, so that Shapes' test captions stay unseen; in other data, this merely loses one in sixteen.
+    caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
     others = {i: between.get((words[i - 1], words[i + 1]), set()) - {words[i]} for i in range(1, len(words) - 1)}
     changes = []
@@ -565,10 +568,10 @@ def train_text(run):
 
 
 def train_a(run):
-    """The VQGAN, on small crops of each image, together a quarter of it. Its receptive field is small, so crops
-    suffice; and they have more borders to learn from: at a border, a transposed convolution sums only half of its
-    terms, in a corner a quarter. The discriminator joins for the last quarter of the steps, when there is something to
-    refine."""
+    """The VQGAN, on small crops that add up to a quarter of each image. Its receptive field is small, so crops are
+    enough; and they have more border for their size. Borders must be learned separately: there, a transposed
+    convolution sums only half of its terms, in a corner only a quarter. The discriminator joins for the last quarter of
+    the steps, when the images are good enough to be refined."""
     cfg, steps, size = run.model.config.a, run.recipe("a").steps, run.model.config.image_size
     side = max(32, size // 4)
     crops = max(1, size // (2 * side)) ** 2
@@ -618,7 +621,7 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 def set_scale(run):
     """Stage B's latents are divided by 2.4 times their standard deviation. Noise then hides large shapes over a wider
     range of times, and B learns to take their place and colour from the semantic latents. In images below 128 px,
-    shapes cover fewer latents and are hidden sooner: there, the factor falls with the side."""
+    shapes cover fewer latents, so noise hides them sooner anyway: there, 2.4 is reduced in proportion to the side."""
     images, _ = examples(run.train_data, 256)
     deviation = torch.cat([run.model.a.encode(some.to(run.device)) for some in images.split(32)]).std()
     run.model.a.scale.fill_(2.4 * min(1, run.model.config.image_size / 128) * deviation)
@@ -682,7 +685,8 @@ def train_c(run):
         return dict(semantic=model.compress(images))
 
     arrays = run.cached("semantic", "b.pt", compute)
-    # Measured for pretrained weights too: they differ with the size of the images. clip: a channel may be constant.
+    # Measured again even for pretrained weights, because mean and deviation depend on the image size. clip: the
+    # deviation of a constant channel is 0.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
     model.text_c.requires_grad_(not frozen)
@@ -699,7 +703,7 @@ def train_c(run):
 
     average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview=preview,
                   test_batches=run.test_batches("c", compute),
-                  lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # faster, it forgets what it knows
+                  lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # at the full rate, it would forget
     model.text_c, model.c = average["text_c"], average["c"]
 
 
@@ -793,11 +797,12 @@ TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
 NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. Every data set is endless: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions,
-# one string with a caption per line. It depends only on i and the seed, so a step number is enough to resume a run.
-# data.captions() yields the captions for the tokenizer. To add a data set, let `open_data` return {"train": ...,
-# "test": ...}, and name it in --data; for image files or arrays, a reader like `list_cifar` is enough. First Shapes,
-# rendered on the fly: "a big blue square to the left of a small green star".
+# Data. A data set never ends: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions, one
+# string with a caption per line. Both depend only on i and the seed, so a step number is enough to resume a run.
+# data.captions() yields the captions to train the tokenizer on. To add a data set, add its name to the choices of
+# --data, and let `open_data` return {"train": ..., "test": ...} for it. For image files or arrays, a reader like
+# `list_cifar` is enough, and `Images` does the rest; with a class of your own, give --cache: `cached` knows only the
+# length of `Images`. First Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -986,7 +991,7 @@ def list_cifar(data, data_dir, left_out):
     place, items, captions = data_dir / folder, dict(train=[], test=[]), []
     if not place.is_dir():
         python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
-        raise UserError(f"no {place}{''.join(python)}: --download fetches it")
+        raise UserError(f"no {place}{''.join(python)}: --download fetches the binary version")
     for name in read_text(place / names).replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
         captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
@@ -1124,7 +1129,7 @@ def list_images(folder, coco, left_out):
         is_validation = coco and re.search("(?<![a-z])val", subset)
         for name, lines in read_table(table, text_of(table), left_out).items():
             path = by_key.get(key(table.parent / name)) or coco and by_key.get(key(folder / subset / name))
-            if coco and not path:  # other data in this format has other folders: the one image whose path ends so
+            if coco and not path:  # other folders: the image whose path ends in `name`, if it is the only one
                 same = by_name[Path(name).name]
                 ends = [path for path in same if key(path).endswith(key(f"/{name}"))] or same
                 path = ends[0] if len(ends) == 1 else None
@@ -1144,8 +1149,9 @@ def list_images(folder, coco, left_out):
 
 
 def for_testing(names, validation):
-    """The images kept for testing: those of the validation set, unless there are no others; if so, the first that can
-    be read and about a tenth of the rest, by a hash of the name (`reserved` would treat a.png and b.png alike).
+    """The images kept for testing: the validation set, if one of its images can be read and there are others to train
+    on. Otherwise the first image that can be read and about a tenth of the rest, by a hash of the name (the hash in
+    `reserved` would treat a.png and b.png alike).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation
@@ -1257,9 +1263,9 @@ def computing(device, precision, plain):
 def parse_args(argv=None):
     """The options of a command: those given; if not, those saved in the run; if not, what suits the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
-                                     "keeps " + ", ".join(SAVED) + "; an unfinished stage also keeps its steps, batch "
-                                     "size and learning rate. Give all other options again, and these three for later "
-                                     "stages too.")
+                                     "remembers " + ", ".join(SAVED) + ". An unfinished stage also remembers its "
+                                     "steps, batch size and learning rate, but later stages do not take them over. "
+                                     "Give all other options again with each command.")
     add, positive = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")

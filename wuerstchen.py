@@ -116,7 +116,7 @@ class Config:
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
     rescale: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
-    semantic_channels: int = 16  # of the semantic latents: the compressor's output, which B reads and C generates
+    semantic_channels: int = 16  # of the compressor's output, which B reads and C generates; change it in a preset
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
     text_c: TextConfig = field(default_factory=TextConfig)  # for Stage C
@@ -137,10 +137,10 @@ class Config:
         return math.ceil(self.rescale * self.image_size / 32)
 
     def grid(self, height, width):
-        """Latent sizes for an image of height x width pixels, rounded as the published model does: one semantic cell
-        per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up; as many latents
-        per cell as in training, rounded to a multiple of Stage B's stride. -> semantic (hs, ws), Stage A's latents
-        (h, w)"""
+        """Latent sizes for an image of height x width pixels, rounded as in the published model. Semantic latents: one
+        cell per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up. Stage A's
+        latents: as many per cell as in training, rounded to a multiple of `stride` // 4, which B's down-sampling needs.
+        -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
         latents = [int(n * self.image_size / 4 / self.cells) for n in semantic]
@@ -189,14 +189,16 @@ PRESETS = {
     ),
 }
 
-# "tiny" at 64 px: trains in half the time, and generates worse images. It has 3x3 cells too: the compressor sees them
-# enlarged to 96 px: a cell covers 21x21 pixels instead of 43x43, which is learned sooner (section 3.4).
+# "tiny" at 64 px: trains in half the time, and generates worse images. The images are enlarged to 96 px for the
+# compressor, so there are 3x3 cells here too; but each covers 21x21 pixels instead of 43x43, and is learned sooner
+# (section 3.4).
 PRESETS["quick"] = replace(
     PRESETS["tiny"], image_size=64, rescale=1.5,
     b=replace(PRESETS["tiny"].b, channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True)))
 
 # "quick" with 4x4 cells, which a photo needs to be recognised. Photos also need more sampling steps than shapes: with
-# 20 and 12, the deviation of C's semantic latents is a seventh too small, and B leaves a grid of dots in clear skies.
+# 20 for C and 12 for B, the standard deviation of C's semantic latents is a seventh too small, and B leaves a grid of
+# dots in clear skies.
 PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), steps=(60, 24))
 
 # "tiny" with 4x4 cells, for photos with captions in people's own words. Not trained on COCO yet (see README).
@@ -442,8 +444,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids, mask):
-        """Token plus position embeddings, the layers, the last LayerNorm. Here, each position attends to the caption's
-        tokens up to its own, and no position to padding.
+        """Token plus position embeddings, the layers, the last LayerNorm. Attention is causal and ignores padding:
+        every position, padding included, attends only to those of the caption's own tokens that are not after it.
         ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
         x = self.tokens(ids) + self.positions[: ids.shape[1]]                                        # (B, L, width)
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()  # (L, L)
@@ -495,8 +497,9 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(logits, ids):
-    """CLIP's loss: the mean of two cross-entropies, over all N captions for each image, and over the B images for each
-    of the first B captions. In both, identical captions all count as right, and share the target equally.
+    """CLIP's loss: the mean of two cross-entropies. One is over all N captions, for each image; the other over the B
+    images, for each of the first B captions. If captions are identical, all of them (in the other: all of their images)
+    count as right, and share the target equally.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -803,8 +806,9 @@ class StageB(nn.Module):
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 4), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 4)"""
         h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
-        # The authors' parametrisation of eps, x = a + b·eps: a is the clean part of x, b the size of the noise in it.
-        # The last layer starts at zero: then a = 0, b = 1/2, and eps is 2·x, which at least has the right direction.
+        # The network does not output eps but a, the clean part of x, and b, the size of the noise in it; eps follows
+        # from x = a + b·eps (the authors' parametrisation). The last layer starts at zero, so that a = 0, b = 1/2 and
+        # eps = 2·x: before any training, eps points in roughly the right direction.
         a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)  # (B, h, w, 4) each
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
@@ -828,8 +832,9 @@ class StageB(nn.Module):
 
 
 class SkipFirstResBlock(ResBlock):
-    """The ResBlock of the paper's first version where the U-Net's skip enters: it is concatenated before the depthwise
-    convolution, each output channel of which reads two adjacent channels of [x, skip]."""
+    """The ResBlock where a skip of the U-Net enters, in the paper's first version. The skip is concatenated before the
+    depthwise convolution, not after it; each of the convolution's output channels reads two adjacent channels of
+    [x, skip]."""
 
     def __init__(self, channels, dropout):
         super().__init__(channels, dropout=dropout)
@@ -933,7 +938,7 @@ class StageC(nn.Module):
             eps = (x − a)/(|1 − b| + 1e-5)
 
         The last layer starts at zero, so at first a = b = 0 and eps is x, nearly right when x is almost pure noise.
-        (As Stage B's x = a + b·eps, with another b.)
+        As in Stage B, x = a + (size of the noise)·eps, but here the size is |1 − b| + 1e-5.
         x (B, h, w, 16), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 16)"""
         h = self.blocks(self.embed(x), time_embedding(t, self.time_width), conditions)  # (B, h, w, width)
         a, b = self.out(self.out_norm(h)).chunk(2, dim=-1)                              # (B, h, w, 16) each
@@ -941,9 +946,10 @@ class StageC(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling know only eps. For a
-# network that predicts v = √ᾱ·eps − √(1 − ᾱ)·x0, let `predict_eps` return √ᾱ·v + √(1 − ᾱ)·x, without a and b, and
-# choose another weight in `diffusion_loss`: (1 − ᾱ)·(error of eps)² is ᾱ·(1 − ᾱ)·(error of v)².
+# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling know only eps. For
+# v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, halve the outputs of `out`, and let `predict_eps` return √ᾱ·v + √(1 − ᾱ)·x,
+# without a and b. As (error of eps)² = ᾱ·(error of v)², the weight 1 − ᾱ of the loss then means ᾱ·(1 − ᾱ) for v: for an
+# unweighted loss of v, make it 1/ᾱ in `diffusion_loss`. (`stage_b_loss` multiplies it by a factor of its own.)
 
 
 def alpha_bar(t):
@@ -1115,7 +1121,7 @@ def sample_tokens(network, start, times, conditions, guidance=1.0, generator=Non
 # 9. Wuerstchen: all of it together.
 
 STAGES = {  # the file in a run folder: the networks in it
-    "text": ("text_b", "compressor"),  # CLIP's text encoder, and its image encoder: where B's compressor starts
+    "text": ("text_b", "compressor"),  # CLIP's encoders; the image encoder gives the compressor its starting weights
     "a": ("a",),
     "b": ("compressor", "b"),
     "c": ("text_c", "c"),  # Stage C trains its own copy of the text encoder

@@ -23,8 +23,8 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # A piece is an English contraction, a run of letters, one digit, or a run of other characters. Spaces are dropped.
 PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
-# The files show each byte as one visible character, as in GPT-2. A byte that is visible in Latin-1 stays as it is
-# there ("a", "é"). The others (space, control codes) get the characters from U+0100 on.
+# In the tokenizer's files and symbols, each byte is one visible character, as in GPT-2. A byte that Latin-1 shows as a
+# visible character is that character ("a", "é"). The others (space, control codes) get the characters from U+0100 on.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 INVISIBLE = [byte for byte in range(256) if byte not in VISIBLE]
 SYMBOL = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(0x100 + i) for i, byte in enumerate(INVISIBLE)}
