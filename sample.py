@@ -272,7 +272,8 @@ def parse_args(argv=None):
     add("--vary", help="decode an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
     add("--redraw", help="change this image to fit the prompts", nargs=1, metavar="IMAGE")
-    add("--fill", help="generate the prompts where the mask is white", nargs=2, metavar=("IMAGE", "MASK"))
+    add("--fill", help="generate the white part of the mask anew, to fit the prompts", nargs=2,
+        metavar=("IMAGE", "MASK"))
     args = parser.parse_args(argv)
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
         parser.error("nothing to generate: give a PROMPT")

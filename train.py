@@ -269,7 +269,7 @@ def learning_rate(recipe, step):
 
 def update(network, average, optimizers, scaler, lr):
     """Clips the gradient to norm 1, as the authors do, and takes a step of the optimizers and of the moving average.
-    -> False if a gradient is NaN or inf: then nothing is changed"""
+    -> False if a gradient is NaN or inf: then there is no step"""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
@@ -636,7 +636,7 @@ def train_b(run):
         return dict(resized=(rescaled(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
-    arrays = run.cached("latents", "a.pt", compute)
+    arrays = run.cached("stage b", "a.pt", compute)
     if not run.pretrained:
         init_mapper(model.compressor, (torch.tensor(arrays["resized"][:1024]).to(run.device) / 255).split(32))
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
@@ -684,7 +684,7 @@ def train_c(run):
     def compute(images):
         return dict(semantic=model.compress(images))
 
-    arrays = run.cached("semantic", "b.pt", compute)
+    arrays = run.cached("stage c", "b.pt", compute)
     # Measured again even for pretrained weights, because mean and deviation depend on the image size. clip: the
     # deviation of a constant channel is 0.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
@@ -763,7 +763,7 @@ def plot_losses(folder):
     losses, test_losses = (
         {stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
          for stage, curve in curves.items() if curve} for curves in (losses, test_losses))
-    plot(losses, "step", "loss", log=True, dashed=test_losses).save(folder / "curves.png")
+    plot(losses, "step", "loss (dashed: test images)", log=True, dashed=test_losses).save(folder / "curves.png")
 
 
 def peak_memory(device):
@@ -1313,7 +1313,8 @@ def parse_args(argv=None):
         if getattr(args, name) != begun.get(name, getattr(args, name)):
             parser.error(f"{args.run} was begun with {name} {begun[name]}; take another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
-        parser.error(f"--data {args.data} " + ("takes no --data-dir" if args.data_dir else "needs a --data-dir"))
+        parser.error(f"--data {args.data} " + ("takes no --data-dir; give --data too" if args.data_dir else
+                                            "needs a --data-dir"))
     taken = [Path(__file__).parent.resolve(), *([Path(args.data_dir).resolve()] if args.data_dir else [])]
     if not args.run or Path(args.run).resolve() in taken:
         parser.error("--run must be a folder of its own")
@@ -1339,8 +1340,8 @@ def begin(args, captions):
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)
-        if model.compressor is None and args.stage in ("text", "b"):
-            raise UserError(f"{args.init_from} has no EfficientNetEncoder to train")
+        if model.compressor is None and args.stage != "a":
+            raise UserError(f"{args.init_from} has no EfficientNetEncoder, which stage {args.stage} needs")
         model.config.image_size, tokenizer = args.image_size, model.tokenizer
         model.save(args.run)
         if (clip := Path(args.init_from) / "clip.pt").exists():

@@ -182,7 +182,7 @@ def main(argv=None):
             "right": right.mean().item(), "95%": wilson(right.sum().item(), len(right)),
             "Fréchet": frechet(features, compared), "grid": grid(some), "border": border(some),
             "by class": {one: right[asked == i].mean().item() for i, one in enumerate(classes)}}
-        print(f"{name:32}{100 * results[name]['right']:6.1f} %  Fréchet {results[name]['Fréchet']:6.1f}  "
+        print(f"{name:32}{100 * results[name]['right']:6.1f}%  Fréchet {results[name]['Fréchet']:6.1f}  "
               f"grid {results[name]['grid']:5.2f}  border {results[name]['border']:5.1f}")
     (folder / "cifar.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     make_sheet([final[i::len(classes)][:8] for i in range(len(classes))]).save(folder / "cifar.png")

@@ -306,7 +306,7 @@ def steps(args):
                 curves.setdefault(f"{name}, {sampler}", []).append((n, 100 * check_all(out, captions)["whole"]))
     write(OUT / "steps", {"whole captions, % (steps of B: 1, 2, 4, 8, 12)": {
         name: [round(y, 1) for _, y in curve] for name, curve in curves.items()}},
-        train.plot(curves, "steps of B", "whole captions right, %"))
+        train.plot(curves, "steps of B", "captions fully correct, %"))
 
 
 def upsampling(args):
@@ -327,8 +327,8 @@ def upsampling(args):
 
 def text(args):
     """Stage B trained with captions, as always, and without any."""
-    def without(compressor, small, text, null_text, conditions=train.noisy_conditions):
-        return conditions(compressor, small, null_text.expand_as(text), null_text)
+    def without(compressor, resized, text, null_text, conditions=train.noisy_conditions):
+        return conditions(compressor, resized, null_text.expand_as(text), null_text)
 
     results, sheet, models = compare(args, "text", {
         "with captions": {}, "without captions": dict(patches={"train.noisy_conditions": without})})

@@ -436,7 +436,7 @@ def time_blocks(m):
             ("attn_mask=mask).transpose(1, 2).flatten(2)", "attn_mask=mask).reshape(len(q), q.shape[2], -1)"),
         "the last Linear is missing": ("self.out(F.scaled", "(F.scaled"),
         "the mask is not used": ("attn_mask=mask", "attn_mask=None"),
-        "the mask is True where x may look; yours is inverted": ("attn_mask=mask",
+        "the mask is True where x may attend; yours is inverted": ("attn_mask=mask",
                                                                  "attn_mask=None if mask is None else ~mask"),
         "yours is reversed: a token sees itself and those before it": (".tril()", ".triu()"),
         "no token sees padding": ("causal & mask[:, None, None]", "causal.expand(len(ids), 1, -1, -1)"),
@@ -847,8 +847,8 @@ def stage_b(m):
     rows, latents, seen = 60_000, 0.2, []
     w = torch.tensor(10.0, requires_grad=True)
 
-    def compressor(small):  # each image's e: 10, in 16 channels
-        return (w * torch.ones_like(small[:, :1, :1, :1])).expand(-1, 1, 1, 16)
+    def compressor(resized):  # each image's e: 10, in 16 channels
+        return (w * torch.ones_like(resized[:, :1, :1, :1])).expand(-1, 1, 1, 16)
 
     def b(x, t, semantic, text):
         seen.append((x, t, semantic, text))

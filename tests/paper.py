@@ -131,7 +131,7 @@ def watch(measure, times=5):
     `times` times. -> a growing list of (seconds of training, without those of measuring; what was measured)"""
     fit, found = train.fit, []
 
-    def watched(run, stage, network, batches, loss_fn, preview=None, *more, **options):
+    def watched(run, stage, network, batches, loss_fn, preview=None, **options):
         run.args.save_every, start, stopped = math.ceil(run.recipe(stage).steps / times), time.time(), 0
 
         def look(average, images, captions):
@@ -140,7 +140,7 @@ def watch(measure, times=5):
             found.append((now - start - stopped, measure(run.model, average)))
             stopped += time.time() - now
             return []
-        return fit(run, stage, network, batches, loss_fn, look, *more, **options)
+        return fit(run, stage, network, batches, loss_fn, preview=look, **options)
 
     with mock.patch.object(train, "fit", watched):
         yield found
@@ -178,7 +178,7 @@ def baseline(args):
     write(OUT / "baseline",
           {name: [{"seconds": seconds, **found} for seconds, found in curve] for name, curve in curves.items()},
           train.plot({name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
-                      for name, curve in curves.items()}, "minutes of training steps", "whole captions right, %"))
+                      for name, curve in curves.items()}, "minutes of training steps", "captions fully correct, %"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

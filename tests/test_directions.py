@@ -25,9 +25,9 @@ def test_direction(direction, found, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(directions, "COUNT", 2)
     monkeypatch.setattr(directions, "train_stage", lambda stage, folder, *options: paper.train_stage(
         stage, folder, *options, "--steps", "1", "--batch-size", "2", "--cache", "8"))
-    fit = train.fit  # without sheets and held-out loss
-    monkeypatch.setattr(train, "fit", lambda run, stage, network, batches, loss_fn, *_, **options: fit(
-        run, stage, network, batches, loss_fn, **options))
+    fit = train.fit  # without sheets and test loss
+    monkeypatch.setattr(train, "fit", lambda run, stage, network, batches, loss_fn, lr_scale=lambda name: 1, **_: fit(
+        run, stage, network, batches, loss_fn, lr_scale=lr_scale))
     directions.main([direction, "--run", str(runs)])
     assert found in (tmp_path / f"{direction}.json").read_text("utf-8")
     assert (tmp_path / f"{direction}.png").exists()
