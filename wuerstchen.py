@@ -201,7 +201,7 @@ PRESETS["quick"] = replace(
 # dots in clear skies.
 PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), steps=(60, 24))
 
-# "tiny" with 4x4 cells, for photos with captions in people's own words. Not trained on COCO yet: tests/gallery/README.md.
+# "tiny" with 4x4 cells, for photos with captions in people's own words. How far it got: tests/gallery/README.md.
 PRESETS["photos"] = replace(
     PRESETS["tiny"], rescale=1.0, guidance=(3.5, 2.0), steps=(60, 24),
     text_c=replace(PRESETS["tiny"].text_c, vocab_size=4096, length=40),
