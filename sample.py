@@ -38,7 +38,7 @@ from wuerstchen import Wuerstchen, add_noise, generators, normal_noise
 
 def load_image(file, size, background="white"):
     """An image file's path, or its pixels as a uint8 array -> PIL image in RGB of size (height, width): upright,
-    transparency on the background, scaled and centre-cropped. OSError if it can't be read."""
+    transparent parts filled with `background`, scaled and centre-cropped. OSError if it can't be read."""
     try:
         image = Image.fromarray(file) if isinstance(file, np.ndarray) else Image.open(file)
         image.draft("RGB", (2 * size[1], 2 * size[0]))  # a large JPEG need not be decoded in full
@@ -59,7 +59,7 @@ def load_mask(image, mask, size):
     white = to_tensor(load_image(mask, size, "black")).mean(dim=-1) > 0.5
     (w, h), (mask_w, mask_h) = (ImageOps.exif_transpose(Image.open(file)).size for file in (image, mask))
     if abs(w * mask_h - h * mask_w) > max(w, h):
-        raise UserError(f"{mask} has another aspect ratio than {image}: {mask_w}x{mask_h} and {w}x{h} pixels")
+        raise UserError(f"{mask} and {image} differ in aspect ratio: {mask_w}x{mask_h} and {w}x{h} pixels")
     return white
 
 
@@ -93,7 +93,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name=None):
-    """One of DEVICES; "auto" and None: the best that there is. UserError if it is not there."""
+    """One of DEVICES; "auto" and None: the best one available. UserError if the named one is not available."""
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name in (None, "auto"):
         return found[0]
@@ -180,7 +180,7 @@ def fill(model, images, masks, prompts, negative="", steps=(None, None), guidanc
 def film(model, prompts, seeds, size=None, negative="", steps=(None, None), guidance=(None, None), sampler="ddpm"):
     """How images appear: Stage C's estimate of x0 at each of its steps, decoded by Stage B in 4 steps with the noise of
     the final image. seeds: list of B ints, size (height, width)
-    -> list of images (B, H, W, 3), the last one as by `generate`"""
+    -> list of images (B, H, W, 3), the last one as from `generate`"""
     semantic_size, latent_size = model.config.grid(*(size or [model.config.image_size] * 2))
     generator, estimates = generators(seeds, len(prompts)), []
 
@@ -220,7 +220,7 @@ def image_file(path, **options):
         kind = Image.registered_extensions()[Path(path).suffix.lower()]
         Image.new("RGB", (64, 64)).save(io.BytesIO(), kind, **options)
     except Exception as error:  # of many kinds
-        raise argparse.ArgumentTypeError(f"Pillow can't write such a file: {path}; a.png and a.gif work") from error
+        raise argparse.ArgumentTypeError(f"Pillow can't write this type of file: {path}; try .png or .gif") from error
     if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"can't write {path}")
     return path
@@ -250,23 +250,23 @@ def parse_args(argv=None):
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", type=image_file, default="out.png")
     add("--count", help="images per prompt (1; with --vary 4), or frames of --mix (7)", type=number(int, 1, 10_000))
-    add("--seed", help="of the first image; the second has the next, and so on (default: 0)", default=0,
+    add("--seed", help="seed of the first image; each further image adds 1 (default: 0)", default=0,
         type=number(int, 0, 2**63 - 1))
     add("--negative", help="negative prompt", default="")
     add("--height", help="in pixels; as trained if not given", type=number(int, 1, 8192))
     add("--width", help="in pixels; as trained if not given", type=number(int, 1, 8192))
     add("--steps-c", help="diffusion steps of Stage C; the run's if not given", type=number(int, 1, 10_000))
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="the same of Stage B", type=number(int, 1, 10_000))
+    add("--steps-b", help="the same for Stage B", type=number(int, 1, 10_000))
     add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given",
         type=number(float, 0, 100))
-    add("--cfg-b", help="the same of Stage B", type=number(float, 0, 100))
-    add("--sampler", help="ddim adds no noise on the way (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
-    add("--device", help="default: auto, the best that there is", choices=DEVICES)
+    add("--cfg-b", help="the same for Stage B", type=number(float, 0, 100))
+    add("--sampler", help="ddim adds no noise between steps (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
+    add("--device", help="default: auto, the best available", choices=DEVICES)
     add("--strength", help="how much noise --redraw adds: 0 only reconstructs the image, 1 ignores it (default: 0.6)",
         default=0.6, type=number(float, 0, 1))
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--film", help="also write how the images appear, as an animated GIF", metavar="GIF",
+    add("--film", help="also write an animated GIF that shows how the images appear", metavar="GIF",
         type=functools.partial(image_file, save_all=True))
     add("--reconstruct", help="images to compress and reconstruct", nargs="+", metavar="IMAGE")
     add("--vary", help="decode an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")

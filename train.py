@@ -1,5 +1,5 @@
 """
-Trains Würstchen from nothing, stage by stage:
+Trains Würstchen from scratch, stage by stage:
 
     python train.py                                      everything: Shapes, 128 px
     python train.py --data cifar10 --data-dir data --download --run runs/cifar
@@ -14,7 +14,7 @@ files to its folder:
     config.json, tokenizer/     sizes and vocabulary
     options.json                the options that later commands reuse
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
-    clip.pt                     the whole contrastive model, by which tests/score.py judges
+    clip.pt                     the whole contrastive model, which tests/score.py uses
     STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
     metrics.jsonl               a line every few steps: loss (in B and C also by quarter of the time: loss_0, ...,
                                 loss_75), learning rate, images per second; at checkpoints, the loss of test images
@@ -93,7 +93,7 @@ RECIPES = {
 
 
 def vqgan_loss(vqgan, discriminator, images, adversarial):
-    """Stage A's (appendix E.1, but with other terms; the paper's are MSE + 0.1·perceptual + 0.01·adversarial):
+    """Stage A's loss (appendix E.1, but with other terms; the paper's are MSE + 0.1·perceptual + 0.01·adversarial):
 
         loss_gen = 10·MSE + L1 + quantizer's loss − 0.005·D(reconstruction)
         loss_disc = max(0, 1 − D(images)) + max(0, 1 + D(reconstruction))        (hinge)
@@ -114,8 +114,8 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 
 
 def noisy_conditions(compressor, resized, text, null_text):
-    """What Stage B is given when it trains: the text and the semantic latents e. So that B can also generate
-    without either, and tolerates the errors in Stage C's e, training changes both:
+    """Stage B's conditions in training: the text and the semantic latents e. So that B can also generate without either
+    of them, and tolerates the errors in Stage C's e, training changes both:
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
         e: noised at a random time in [0, 0.5] for 10% of the images that have a caption (the authors: in 30%
@@ -140,7 +140,7 @@ def noisy_conditions(compressor, resized, text, null_text):
 
 
 def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
-    """Stage B's, and with it the compressor's (appendix E.2): diffusion_loss of eps in noised latents, given the text
+    """Stage B's and the compressor's loss (appendix E.2): diffusion_loss of eps in noised latents, given the text
     and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to use e sooner:
 
         most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
@@ -159,7 +159,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
 
 
 def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
-    """That of the paper's first version: `token_loss` of Stage A's codes (B, h, w), of which each is replaced by a
+    """The loss of the paper's first version: `token_loss` of Stage A's codes (B, h, w), of which each is replaced by a
     random one with probability t; the rest as in `stage_b_loss`"""
     semantic, text = noisy_conditions(compressor, resized, text, null_text)
     t = training_times(len(codes), codes.device)
@@ -168,9 +168,9 @@ def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
 
 
 def stage_c_loss(c, semantic, text, null_text):
-    """Stage C's (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5% of
-    the captions are replaced by the null caption, which classifier-free guidance needs.
-    semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width)
+    """Stage C's loss (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5% of
+    the captions are replaced by the null caption, which classifier-free guidance needs. semantic (B, hs, ws, 16), text
+    (B, L, width), null_text (1, L, width)
     -> each image's loss and its time, (B,) each"""
     text = torch.where(bernoulli_mask(0.05, text), null_text, text)
     x0 = c.normalise(semantic)                  # (B, hs, ws, 16)
@@ -303,8 +303,8 @@ def restore(path, parts, stage, recipe):
 
 @torch.no_grad()
 def test_loss(network, batches, loss_fn):
-    """The mean loss on batches of test data, always with the same seed, and as at step 0 (so in Stage A without the
-    discriminator), to make it comparable."""
+    """The mean loss on batches of test data. To be comparable, it always uses the same seed and is computed as at
+    step 0 (in Stage A: without the discriminator)."""
     torch.manual_seed(0)
     results = [loss_fn(network, batch, 0) for batch in batches]
     return torch.stack([numbers.get("loss", loss) for loss, numbers in results]).mean()
@@ -529,7 +529,7 @@ def words_read(caption, tokenizer):
 def hard_negatives(caption, between, rng):
     """Captions that are almost right, and nearly always wrong: one with a word replaced, one with two words swapped. A
     word is put only between neighbours that it has in some training caption (`words_between`). Random swaps are mostly
-    not English, and the text encoder would reject them without the image. A wrong caption that is `reserved` for
+    ungrammatical, and the text encoder could reject them without the image. A wrong caption that is `reserved` for
     testing is left out, so that Shapes' test captions stay unseen; in other data, this merely loses one in sixteen.
     caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
@@ -628,7 +628,7 @@ def set_scale(run):
 
 
 def train_b(run):
-    """Stage B and the semantic compressor, jointly: the compressor keeps what helps B to draw."""
+    """Stage B and the semantic compressor, jointly: the compressor keeps what helps B to generate."""
     model, tokens = run.model, run.model.config.b.token_width > 0
 
     def compute(images):  # Stage A no longer changes
@@ -750,7 +750,7 @@ def plot(curves, x_label, y_label, log=False, dashed=None):
 
 
 def plot_losses(folder):
-    """Plots the losses of all stages to curves.png, dashed those of test images; at most 50 points per curve, each the
+    """Plots the losses of all stages to curves.png, those of test images dashed; at most 50 points per curve, each the
     mean of several log lines."""
     losses, test_losses = {}, {}
     for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
@@ -882,7 +882,7 @@ def split_of(scene):
 
 
 def place(scene, rng):
-    """Centres (x, y) of the objects as shares of the side: one in the middle, two in the middles of two halves, so that
+    """Centres (x, y) of the objects as shares of the side: one in the middle, two each in the middle of a half, so that
     even big ones don't touch; all with a random offset."""
     step = np.array(RELATIONS.get(scene.relation, (0, 0)))
     steps = [step, -step] if scene.relation else [step]
@@ -890,8 +890,8 @@ def place(scene, rng):
 
 
 def draw(scene, rng, size=128):
-    """An image of the scene: uint8 array (size, size, 3). Sizes that it leaves open, exact places and tints are random;
-    without a background, it is white."""
+    """An image of the scene: uint8 array (size, size, 3). Exact positions, tints and sizes that the scene leaves open
+    are random; if it names no background, the background is white."""
     def tinted(rgb, most):
         return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-most, most + 1, size=3)), 0, 255))
 
@@ -968,8 +968,8 @@ def is_complete(data, data_dir):
 
 
 def download(data, data_dir):
-    """Fetches the archives of a data set into a folder, checks their SHA-256 and unpacks them. Does nothing if all that
-    was in them is there; archives that are there are not fetched again."""
+    """Fetches the archives of a data set into a folder, checks their SHA-256 and unpacks them. Does nothing if their
+    contents are already there; does not fetch an archive that is already there."""
     if is_complete(data, data_dir):
         return
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -1008,14 +1008,14 @@ def list_cifar(data, data_dir, left_out):
 
 
 def tidy(texts):
-    """A text or a list of texts -> captions: each on one line; what is empty or no text is dropped"""
+    """A text or a list of texts -> captions, each on one line; drops empty ones and whatever is not text"""
     texts = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
     lines = (" ".join(text.replace("\ufeff", " ").split()) for text in texts)  # U+FEFF: a byte order mark inside
     return [line.encode(errors="replace").decode() for line in lines if line]  # half of a surrogate pair becomes "?"
 
 
 def parse_json(text):
-    """What a JSON text holds; None if it is no JSON, as after a write that failed"""
+    """What a JSON text holds; None if it is not JSON, as after a failed write"""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1144,7 +1144,7 @@ def list_images(folder, coco, left_out):
              if not coco and path.parent not in {folder, *captioned}}
     captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
     left_out["images without caption"] += sorted(images - captions.keys())
-    by_folder = f", {len(named)} of them the name of a folder" if named else ""
+    by_folder = f", {len(named)} of them captioned with the name of a folder" if named else ""
     return captions, validation, f"{len(images)} images, {len(captions)} with captions{by_folder}; "
 
 
@@ -1287,11 +1287,11 @@ def parse_args(argv=None):
     add("--cache", type=positive, help="number of training images for Stages B and C, whose latents are computed once "
         "(default: all; of Shapes, 16,384)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (default: %(default)s)")
-    add("--device", choices=DEVICES, help="default: auto, the best that there is")
+    add("--device", choices=DEVICES, help="default: auto, the best available")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
-    add("--precision", choices=("float32", "bfloat16", "float16"), help="of matrix products; if not given, bfloat16 "
-        "where the machine has it, float16 on a GPU without it")
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="precision of matrix products; default: "
+        "bfloat16 where the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "
         "one does)")
@@ -1398,4 +1398,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; the same command goes on from the last checkpoint")
+    run_script(main, "stopped; run the same command again to resume from the last checkpoint")

@@ -148,7 +148,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """What `asdict` made of a Config. UserError for anything else."""
+        """A Config from the dictionary that `asdict` made of it. UserError for anything else."""
         try:
             parts = {field.name: field.type for field in fields(cls) if is_dataclass(field.type)}
             return cls(**{name: parts[name](**value) if name in parts else value for name, value in d.items()})
@@ -261,8 +261,8 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A depthwise 3x3 convolution mixes space, then an MLP mixes channels. In Stage B, `extra_channels` join before
-    the MLP: the U-Net's skip and the semantic latents."""
+    """A depthwise 3x3 convolution mixes space, then an MLP mixes channels. In Stage B, `extra_channels` are appended
+    before the MLP: the U-Net's skip and the semantic latents."""
 
     def __init__(self, channels, extra_channels=0, dropout=0.0):
         super().__init__()
@@ -572,7 +572,7 @@ class VQGAN(nn.Module):
             encoder.append(VQBlock(channels))
         self.encoder = nn.Sequential(*encoder)
         self.to_latents = nn.Linear(widths[-1], config.latent_channels, bias=False)
-        self.latent_norm = nn.BatchNorm1d(config.latent_channels)  # mean 0, deviation 1 at the start; learned later
+        self.latent_norm = nn.BatchNorm1d(config.latent_channels)  # mean 0, standard deviation 1 at first; then learned
         self.quantizer = Quantizer(cfg.codebook_size, config.latent_channels)
         self.from_latents = nn.Linear(config.latent_channels, widths[-1])
         decoder = []
@@ -625,12 +625,12 @@ class Discriminator(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Semantic compressor: EfficientNetV2 (Tan and Le, 2021) and a mapper to 16 channels (sections 3.1 and 3.4).
-# Its blocks are ordinary NCHW layers, as BatchNorm2d wants; input and output are (B, H, W, C) as everywhere.
+# Its blocks are ordinary NCHW layers, as BatchNorm2d needs; input and output are (B, H, W, C) as everywhere.
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Always in float32 on a CPU: there, the backward pass of a strided one takes ten times as long in bfloat16, which
-    was 15% of a training step of Stage B."""
+    """On a CPU, this stays in float32: there, the backward pass of a strided one takes ten times as long in bfloat16,
+    or 15% of a training step of Stage B."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -737,7 +737,7 @@ def resize(images, height, width, align_corners=False):
 
 
 def rescaled(images, scale):
-    """What the compressor sees, with the scale `Config.rescale`. (B, H, W, 3) -> (B, scale·H, scale·W, 3)"""
+    """Images as the compressor sees them, with the scale `Config.rescale`. (B, H, W, 3) -> (B, scale·H, scale·W, 3)"""
     return resize(images, round(scale * images.shape[1]), round(scale * images.shape[2]))
 
 
@@ -848,7 +848,7 @@ class SkipFirstResBlock(ResBlock):
 
 class TokenStageB(StageB):
     """Stage B of the paper's first version: instead of eps in latents, it predicts Stage A's codes ("tokens"), of which
-    a share t has been replaced by random ones. The semantic latents are seen by attention only, beside the text."""
+    a share t has been replaced by random ones. It sees the semantic latents through attention only, with the text."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -954,7 +954,7 @@ class StageC(nn.Module):
 
 
 def alpha_bar(t):
-    """Share of the signal's variance left at time t, the cosine schedule, with s = 0.008:
+    """The share of the signal's variance left at time t, by the cosine schedule with s = 0.008:
 
         ᾱ(t) = cos²((t + s)/(1 + s)·π/2) / cos²(s/(1 + s)·π/2)
 
@@ -1083,7 +1083,7 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 
 
 def replace_tokens(codes, others, t, generator=None):
-    """The noise of tokens: replaces each code by the one of `others`, random codes, with probability t.
+    """Noise for tokens: with probability t, replaces each code by the one at the same position in `others` (random).
     codes and others (B, h, w), t (B,) -> noisy codes (B, h, w), and which were replaced, bool (B, h, w)"""
     replaced = random_numbers(torch.rand, codes.shape, generator, codes.device) < t.view(-1, 1, 1)
     return torch.where(replaced, others, codes), replaced
@@ -1131,8 +1131,8 @@ STAGES = {  # the file in a run folder: the networks in it
 
 
 def save_atomically(path, content):
-    """Writes a string, or with torch.save anything else, to a temporary file, then renames it: if the process dies
-    at any time, the file at `path` is complete, the old or the new one. OSError if it can't be written."""
+    """Writes a string (with torch.save, anything else) to a temporary file, then renames it: even if the process dies,
+    the file at `path` is complete, either the old or the new one. OSError if it can't be written."""
     new = Path(f"{path}.new")
     try:
         if isinstance(content, str):
@@ -1147,7 +1147,7 @@ def save_atomically(path, content):
 
 
 def load_file(path, **options):
-    """torch.load of what `save_atomically` wrote. UserError for anything else."""
+    """Loads what `save_atomically` wrote with torch.save. UserError for anything else."""
     try:
         return torch.load(path, weights_only=True, **options)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -1155,7 +1155,7 @@ def load_file(path, **options):
 
 
 def load_state(part, state, path):
-    """part.load_state_dict of what came from a file. UserError if it does not fit."""
+    """Loads into a part the state read from a file. UserError if it does not fit."""
     try:
         part.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
@@ -1193,7 +1193,7 @@ class Wuerstchen(nn.Module):
         return encoder(ids.to(self.device), mask.to(self.device))
 
     def times(self, steps, stage):
-        """steps: as `timesteps` takes them, or None for `config.steps`; stage "b" or "c" -> when to sample it"""
+        """steps: as `timesteps` takes them, or None for `config.steps`; stage "b" or "c" -> its sampling times"""
         return timesteps(self.config.steps["cb".index(stage)] if steps is None else steps, self.device)
 
     def compress(self, images):
@@ -1313,7 +1313,7 @@ class Wuerstchen(nn.Module):
     def from_official(cls, folder, device="cpu", dtype=torch.float32):
         """The published model, from local copies of the hub's snapshots `wuerstchen-prior`, `wuerstchen` and, where
         images are to be compressed, `EfficientNetEncoder` in one folder; sizes are those of their configurations.
-        With another dtype than float32, use the model under torch.autocast."""
+        With a dtype other than float32, use the model under torch.autocast."""
         config = official_config({name: read_json(Path(folder) / place / "config.json")
                                   for name, place in OFFICIAL_FOLDERS.items() if name != "compressor"})
         with torch.device("meta"):  # no memory yet: the weights read are assigned

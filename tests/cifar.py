@@ -10,7 +10,7 @@ are reduced to 32 px first. It prints a line for each of these, and writes to th
 
     cifar.json     the share that the classifier gives the right class; Fréchet distance, in its features, to as many
                    other test images; `grid` and `border`, see there (those of the real images are at 32 px)
-    cifar.png      the first eight drawn images of each class, a row per class, none chosen
+    cifar.png      the first eight generated images of each class, a row per class, none chosen
     nearest.png    the first of each class; the training image, or its mirror image, nearest to it in pixels; the
                    training image nearest in features
 """
@@ -150,21 +150,21 @@ def main(argv=None):
     scaled = torch.stack([to_tensor(load_image((255 * image).round().byte().numpy(), (model.config.image_size,) * 2))
                           for image in test[chosen]])
 
-    def rebuilt(captions, scale=1.0):
+    def reconstructed(captions, scale=1.0):
         """-> by Stage A, by Stage B"""
         def both(images, *told):
             return torch.stack(model.reconstruct(images.to(device), *told, guidance=scale), dim=1)
         return in_batches(both, scaled, captions, seeds, size=100).cpu().unbind(1)
 
-    def drawn(scales):
+    def generated(scales):
         return in_batches(lambda some, seeds: model.generate(some, seed=seeds, guidance=scales),
                           captions, seeds, size=100).cpu()
 
-    (by_a, blind), (_, told), final = rebuilt([""] * len(captions)), rebuilt(captions), drawn(guidance)
+    (by_a, blind), (_, told), final = reconstructed([""] * len(captions)), reconstructed(captions), generated(guidance)
     images = {"real test images": test[chosen], "at the run's size": scaled, "by Stage A": by_a,
               "by Stage B, without caption": blind, "by Stage B": told,
-              f"by Stage B, guidance {guidance[1]:g}": rebuilt(captions, guidance[1])[1],
-              "generated, no guidance": drawn((1.0, 1.0)),
+              f"by Stage B, guidance {guidance[1]:g}": reconstructed(captions, guidance[1])[1],
+              "generated, no guidance": generated((1.0, 1.0)),
               f"generated, guidance {guidance[0]:g} and {guidance[1]:g}": final}
 
     def at_32(images):

@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE))
 
 import train  # noqa: E402
 import wuerstchen  # noqa: E402
-from paper import draw, test_set, train_stage, write  # noqa: E402
+from paper import generate, test_set, train_stage, write  # noqa: E402
 from sample import make_sheet  # noqa: E402
 from score import check_all, in_batches, psnr  # noqa: E402
 from wuerstchen import (PRESETS, Config, SemanticCompressor, StageB, StageC, TokenStageB, Wuerstchen,  # noqa: E402
@@ -67,8 +67,8 @@ def start_run(folder, image_size, **changes):
 def train_and_judge(args, name, patches=None, steps=None, stages="bc", image_size=64, **changes):
     """Trains Stage B with its compressor and Stage C on it, or B alone, in a new run, with some classes and functions
     replaced: patches: {"module.name": what takes its place}. -> the share of whole captions right in images that B
-    rebuilds from the semantic latents alone ("rebuilt"), and in images drawn; the PSNR of the rebuilt ones; all of
-    these images; the model"""
+    reconstructs from the semantic latents alone ("reconstructed"), and in images generated; the PSNR of the
+    reconstructed ones; all of these images; the model"""
     with contextlib.ExitStack() as stack:
         for target, other in (patches or {}).items():
             stack.enter_context(mock.patch(target, other))
@@ -80,12 +80,12 @@ def train_and_judge(args, name, patches=None, steps=None, stages="bc", image_siz
                 train_stage("c", folder)
         model, (images, captions) = train.Wuerstchen.load(folder, ("text", "a", *stages)), test_set(COUNT, image_size)
         seeds = list(range(COUNT))
-        rebuilt = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, seeds)
-        results, rows = {"rebuilt": check_all(rebuilt, captions)["whole"],
-                         "PSNR": round(psnr(rebuilt, images).mean().item(), 2)}, [rebuilt]
+        reconstructed = in_batches(lambda some, seeds: model.reconstruct(some, seed=seeds)[1], images, seeds)
+        results, rows = {"reconstructed": check_all(reconstructed, captions)["whole"],
+                         "PSNR": round(psnr(reconstructed, images).mean().item(), 2)}, [reconstructed]
         if "c" in stages:
-            rows.append(draw(model, captions))
-            results["drawn"] = check_all(rows[1], captions)["whole"]
+            rows.append(generate(model, captions))
+            results["generated"] = check_all(rows[1], captions)["whole"]
     return results, rows, model
 
 
@@ -138,7 +138,7 @@ def positions(args):
     write(OUT / "positions", *compare(args, "positions", {
         "in the ResBlocks": {},
         "by attention": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageB}),
-        "by attention, with places": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageBWithPlaces})})[:2])
+        "by attention, with positions": dict(b=blind, patches={"wuerstchen.StageB": AttentionStageBWithPlaces})})[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def tokens(args):
     codebook = late | dict(patches=late["patches"] | {"wuerstchen.TokenStageB": CodebookTokenStageB})
     noisier = codebook | dict(patches=codebook["patches"] | {"train.noisy_conditions": noisier_conditions})
     write(OUT / "tokens", *compare(args, "tokens", {
-        "as published": dict(b=b, stages="b"), "with places, and attention at both levels": places,
+        "as published": dict(b=b, stages="b"), "with positions, and attention at both levels": places,
         "times near 1": late, "embeddings from the codebook": codebook, "noisier semantic latents": noisier,
         "all, 2500 steps of B": noisier | dict(steps=2500, stages="bc"), "version 2": {}})[:2])
 
@@ -267,7 +267,7 @@ class QuantizedWuerstchen(Wuerstchen):
 
 
 def quantized(args):
-    """Semantic latents of 16 numbers per cell, of 4, and of 4 that are rounded (625 codes). The last are drawn with
+    """Semantic latents of 16 numbers per cell, of 4, and of 4 that are rounded (625 codes). The last are generated with
     other numbers of steps of Stage C too."""
     patches = {"wuerstchen.SemanticCompressor": QuantizedCompressor, "wuerstchen.StageC": TokenStageC,
                "train.stage_c_loss": token_stage_c_loss, "train.Wuerstchen": QuantizedWuerstchen}
@@ -279,9 +279,9 @@ def quantized(args):
         codes = to_codes(in_batches(model.compress, test_set(2048, 64)[0]))
     results["codes in use"] = len(codes.unique())
     for n in (2, 4, 8, 40):
-        drawn = in_batches(lambda some, seeds: model.generate(some, seed=seeds, steps=(n, None)), captions,
+        generated = in_batches(lambda some, seeds: model.generate(some, seed=seeds, steps=(n, None)), captions,
                            list(range(COUNT)))
-        results[f"rounded, drawn in {n} steps"] = check_all(drawn, captions)["whole"]
+        results[f"rounded, generated in {n} steps"] = check_all(generated, captions)["whole"]
     write(OUT / "quantized", results, sheet)
 
 
@@ -291,15 +291,15 @@ def quantized(args):
 
 @torch.no_grad()
 def steps(args):
-    """The model that comes with the code, 128 px: the same semantic latents, of test images and drawn by Stage C, go
-    through Stages B and A with fewer steps of B than its 12."""
+    """The model that comes with the code, 128 px: the same semantic latents, of test images and generated by Stage C,
+    go through Stages B and A with fewer steps of B than its 12."""
     model, (images, captions), seeds = Wuerstchen.load(MODEL), test_set(COUNT), list(range(COUNT))
     compressed, noise = in_batches(model.compress, images), generators(seeds, COUNT)
-    drawn = model.sample_c(normal_noise(compressed.shape, noise, "cpu"), model.times(None, "c"), captions,
+    generated = model.sample_c(normal_noise(compressed.shape, noise, "cpu"), model.times(None, "c"), captions,
                            generator=noise)
     curves = {}
     for sampler in ("ddpm", "ddim"):
-        for name, semantic, texts in (("rebuilt", compressed, [""] * COUNT), ("drawn", drawn, captions)):
+        for name, semantic, texts in (("reconstructed", compressed, [""] * COUNT), ("generated", generated, captions)):
             for n in (1, 2, 4, 8, 12):
                 out = in_batches(lambda e, some, seeds: model.from_semantic(
                     e, some, steps=n, sampler=sampler, generator=generators(seeds, len(seeds))), semantic, texts, seeds)
@@ -318,10 +318,10 @@ def upsampling(args):
     (images, captions), results = test_set(COUNT, 128), {}
     sheet, size = [images[:8]], dict(image_size=128, stages="b", b=PRESETS["tiny"].b)
     for what, patches in (("128 px", {}), ("64 px", {"wuerstchen.rescaled": reduced, "train.rescaled": reduced})):
-        found, (rebuilt,), _ = train_and_judge(args, f"upsampling_{len(results)}", patches, **size)
-        sheet.append(rebuilt[:8])
+        found, (reconstructed,), _ = train_and_judge(args, f"upsampling_{len(results)}", patches, **size)
+        sheet.append(reconstructed[:8])
         results[f"semantic latents of {what}"] = found | {"PSNR, both reduced to 64 px": round(
-            psnr(resize(rebuilt, 64, 64), resize(images, 64, 64)).mean().item(), 2)}
+            psnr(resize(reconstructed, 64, 64), resize(images, 64, 64)).mean().item(), 2)}
     write(OUT / "upsampling", results, make_sheet(sheet, captions[:8]))
 
 
@@ -335,10 +335,10 @@ def text(args):
     captions, seeds = test_set(COUNT, 64)[1], list(range(COUNT))
     for found, model in zip(results.values(), models):
         noise = normal_noise((COUNT, 3, 3, 16), generators(seeds, COUNT), "cpu")
-        drawn = in_batches(
+        generated = in_batches(
             lambda e, seeds: model.from_semantic(e, [""] * len(e), generator=generators(seeds, len(e))),
             model.sample_c(noise, model.times(None, "c"), captions), seeds)
-        found["drawn, B without captions"] = check_all(drawn, captions)["whole"]
+        found["generated, B without captions"] = check_all(generated, captions)["whole"]
     write(OUT / "text", results, sheet)
 
 

@@ -74,7 +74,7 @@ def test_set(count, size=128):
     return train.examples(train.Shapes(size, split="test"), count)
 
 
-def draw(model, captions):
+def generate(model, captions):
     """An image for each caption, by all three stages, with the seeds 0, 1, ..."""
     return in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, list(range(len(captions))))
 
@@ -82,7 +82,7 @@ def draw(model, captions):
 # ----------------------------------------------------------------------------------------------------------------------
 # The baseline: one text-conditional U-Net on Stage A's latents, with as many parameters as Stages B and C together.
 
-UNET_STEPS = 30  # to draw an image
+UNET_STEPS = 30  # to generate an image
 
 
 def make_baseline(config):
@@ -94,7 +94,7 @@ def make_baseline(config):
 
 
 @torch.no_grad()
-def draw_baseline(model, network, text_encoder, captions, seeds, steps=UNET_STEPS, guidance=2.0):
+def generate_baseline(model, network, text_encoder, captions, seeds, steps=UNET_STEPS, guidance=2.0):
     """captions: list of B, seeds: list of B -> images (B, H, W, 3)"""
     ids, mask = model.tokenizer(captions + [""] * len(captions))
     side, generator = model.config.image_size // 4, generators(seeds, len(captions))
@@ -127,7 +127,7 @@ def train_baseline(folder, steps):
 
 @contextlib.contextmanager
 def watch(measure, times=5):
-    """While this is open, train.fit draws no sheets. Instead it calls measure(run.model, averaged network) about
+    """While this is open, train.fit makes no sheets. Instead it calls measure(run.model, averaged network) about
     `times` times. -> a growing list of (seconds of training, without those of measuring; what was measured)"""
     fit, found = train.fit, []
 
@@ -159,11 +159,11 @@ def baseline(args):
 
     def with_c(model, average):
         model.text_c, model.c = average["text_c"], average["c"]
-        return judge(draw(model, captions))
+        return judge(generate(model, captions))
 
     def with_unet(model, average):
-        return judge(in_batches(lambda some, seeds: draw_baseline(model, average["unet"], average["text"], some, seeds),
-                                captions, seeds))
+        return judge(in_batches(
+            lambda some, seeds: generate_baseline(model, average["unet"], average["text"], some, seeds), captions, seeds))
 
     # Machines drift: so B's time, which the default run knows, is measured again, in some steps.
     recipe = train.RECIPES["tiny"]["b"]
@@ -208,8 +208,8 @@ def speed(args):
         captions, (cells, latents) = ["a red star"] * batch, model.config.grid(size, size)
         noise_c, noise_b = (normal_noise((batch, *shape), None, "cpu") for shape in ((*cells, 16), (*latents, 4)))
         c, semantic = timed(lambda: model.sample_c(noise_c, model.times(None, "c"), captions))
-        b, drawn = timed(lambda: model.sample_b(noise_b, model.times(None, "b"), semantic, captions))
-        a, _ = timed(lambda: model.a.decode(drawn))
+        b, generated = timed(lambda: model.sample_b(noise_b, model.times(None, "b"), semantic, captions))
+        a, _ = timed(lambda: model.a.decode(generated))
         text, conditions = timed(lambda: unet.encode_conditions(
             None, model.encode_text(captions + [""] * batch, "b"), latents))
         steps, _ = timed(lambda: sample(unet.predict_eps, noise_b, timesteps(5, "cpu"), conditions, 2.0))
@@ -226,8 +226,8 @@ def speed(args):
 
 def compression(args):
     """4x4, 2x2 and 1x1 cells for images of 64 px: B and C trained for as many steps each, with the default run's text
-    encoder and Stage A. "rebuilt": from the semantic latents of test images, by B without a caption. The sheet: test
-    images; then, for each grid, a row that is rebuilt and a row that is drawn."""
+    encoder and Stage A. "reconstructed": from the semantic latents of test images, by B without a caption. The sheet:
+    test images; then, for each grid, a row that is reconstructed and a row that is generated."""
     (images, captions), seeds, rows, results = test_set(96, 64), list(range(96)), [], {}
     for n in (4, 2, 1):
         folder = start_run(args, f"compression_{n}", ("text.pt", "a.pt"), image_size=64, cells=n)
@@ -237,12 +237,13 @@ def compression(args):
         train_stage("b", folder, "--steps", str(args.steps or 1500), "--cache", "4096")
         train_stage("c", folder, "--steps", str(args.steps or 450))
         model = Wuerstchen.load(folder)
-        rebuilt = in_batches(lambda x, seeds: model.reconstruct(x, seed=seeds)[1], images, seeds)
-        drawn = draw(model, captions)
-        rows += [rebuilt[:8], drawn[:8]]
-        results[f"{n}x{n}"] = {"semantic numbers": 16 * n * n, "rebuilt": check_all(rebuilt, captions)["whole"],
-                               "PSNR": psnr(rebuilt, images).mean().item(),
-                               "drawn": check_all(drawn, captions)["whole"]}
+        reconstructed = in_batches(lambda x, seeds: model.reconstruct(x, seed=seeds)[1], images, seeds)
+        generated = generate(model, captions)
+        rows += [reconstructed[:8], generated[:8]]
+        results[f"{n}x{n}"] = {"semantic numbers": 16 * n * n,
+                               "reconstructed": check_all(reconstructed, captions)["whole"],
+                               "PSNR": psnr(reconstructed, images).mean().item(),
+                               "generated": check_all(generated, captions)["whole"]}
     write(OUT / "compression", results, make_sheet([images[:8], *rows], captions[:8]))
 
 
@@ -252,7 +253,7 @@ def compression(args):
 
 def stages(args):
     """A small convolutional decoder learns to turn semantic latents into images, by mean squared error. Then it decodes
-    those of test images and those that Stage C draws. Beside it, Stages B and A, with and without the caption."""
+    those of test images and those that Stage C generates. Beside it, Stages B and A, with and without the caption."""
     model, layers, steps = Wuerstchen.load(args.run), [], args.steps or 1500
     torch.manual_seed(0)
     for c_in, c_out in ((16, 256), (256, 128), (128, 64), (64, 32), (32, 16)):  # 3x3 -> 96x96
@@ -277,15 +278,15 @@ def stages(args):
     with torch.no_grad():
         (real, captions), seeds = test_set(96), list(range(96))
         compressed, generator = in_batches(model.compress, real), generators(seeds, 96)
-        drawn = model.sample_c(normal_noise((96, 3, 3, 16), generator, "cpu"), model.times(None, "c"), captions,
+        generated = model.sample_c(normal_noise((96, 3, 3, 16), generator, "cpu"), model.times(None, "c"), captions,
                                generator=generator)
 
         def by_b(captions):
             return in_batches(lambda x, some, seeds: model.from_semantic(x, some, generator=generators(seeds, len(x))),
-                              drawn, captions, seeds)
+                              generated, captions, seeds)
 
         rows = {"the images": real, "compressed, then the small decoder": decoder(compressed).clamp(0, 1),
-                "C, then the small decoder": decoder(drawn).clamp(0, 1),
+                "C, then the small decoder": decoder(generated).clamp(0, 1),
                 "C, then B without the caption": by_b([""] * 96), "C, then B with the caption": by_b(captions)}
     write(OUT / "stages", {"whole captions": {name: check_all(row, captions)["whole"] for name, row in rows.items()}},
           make_sheet([row[:8] for row in rows.values()], captions[:8]))

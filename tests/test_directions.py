@@ -18,8 +18,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("direction, found", {
-    "tokens": "as published", "positions": "by attention, with places", "quantized": "4 channels, rounded",
-    "steps": "drawn, ddim", "upsampling": "semantic latents of 64 px", "text": "without captions"}.items())
+    "tokens": "as published", "positions": "by attention, with positions", "quantized": "4 channels, rounded",
+    "steps": "generated, ddim", "upsampling": "semantic latents of 64 px", "text": "without captions"}.items())
 def test_direction(direction, found, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(directions, "OUT", tmp_path)
     monkeypatch.setattr(directions, "COUNT", 2)

@@ -239,7 +239,7 @@ def test_what_is_too_long_is_said(run, capsys):
     ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
     ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"),
-    ("--fill a.png wide.png cat", "wide.png has another aspect ratio than a.png: 200x100 and 64x64 pixels")])
+    ("--fill a.png wide.png cat", "wide.png and a.png differ in aspect ratio: 200x100 and 64x64 pixels")])
 def test_bad_commands_get_one_clear_line(run, command, message, monkeypatch):
     monkeypatch.chdir(run)
     Image.new("L", (200, 100)).save("wide.png")

@@ -18,11 +18,12 @@ def test_baseline_has_as_many_parameters_as_b_and_c():
 
 
 @torch.no_grad()
-def test_draw_baseline():
+def test_generate_baseline():
     model = make_model()
     unet = paper.make_baseline(model.config).eval()
     torch.nn.init.normal_(unet.out.weight, std=0.1)  # as made, it does not look at the caption
-    images = paper.draw_baseline(model, unet, model.text_b, ["a red star", "a red star", "a blue cross"], [5, 5, 5], 2)
+    captions = ["a red star", "a red star", "a blue cross"]
+    images = paper.generate_baseline(model, unet, model.text_b, captions, [5, 5, 5], 2)
     assert images.shape == (3, 64, 64, 3)
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
@@ -41,8 +42,8 @@ def test_baseline(run, tmp_path, monkeypatch):
     monkeypatch.setattr(paper.time, "time", tick)
     monkeypatch.setattr(paper, "check_all", slow)
     monkeypatch.setattr(paper, "OUT", tmp_path)
-    monkeypatch.setattr(paper, "draw", lambda model, captions: torch.full((96, 64, 64, 3), 0.25))
-    monkeypatch.setattr(paper, "draw_baseline",
+    monkeypatch.setattr(paper, "generate", lambda model, captions: torch.full((96, 64, 64, 3), 0.25))
+    monkeypatch.setattr(paper, "generate_baseline",
                         lambda model, unet, text, captions, seeds: torch.full((len(seeds), 64, 64, 3), 0.5))
     monkeypatch.setitem(train.RECIPES, "tiny", {stage: train.Recipe(3, 8, 1e-3) for stage in train.TRAIN})
     monkeypatch.setattr(paper, "train_stage", lambda *command, train_stage=paper.train_stage: train_stage(
