@@ -168,9 +168,9 @@ def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
 
 
 def stage_c_loss(c, semantic, text, null_text):
-    """Stage C's loss (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. 5% of
-    the captions are replaced by the null caption, which classifier-free guidance needs. semantic (B, hs, ws, 16), text
-    (B, L, width), null_text (1, L, width)
+    """Stage C's loss (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. The
+    null caption replaces 5% of the captions, which classifier-free guidance needs.
+    semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width)
     -> each image's loss and its time, (B,) each"""
     text = torch.where(bernoulli_mask(0.05, text), null_text, text)
     x0 = c.normalise(semantic)                  # (B, hs, ws, 16)

@@ -162,8 +162,8 @@ def baseline(args):
         return judge(generate(model, captions))
 
     def with_unet(model, average):
-        return judge(in_batches(
-            lambda some, seeds: generate_baseline(model, average["unet"], average["text"], some, seeds), captions, seeds))
+        networks = average["unet"], average["text"]
+        return judge(in_batches(lambda some, seeds: generate_baseline(model, *networks, some, seeds), captions, seeds))
 
     # Machines drift: so B's time, which the default run knows, is measured again, in some steps.
     recipe = train.RECIPES["tiny"]["b"]

@@ -118,7 +118,8 @@ def test_three_ways_to_give_captions(tmp_path):
     assert found == {"x/1.webp": ["one", "uno"], "y/z/4.png": ["four, or 4"], "y/z/5.png": ["five", "cinq"],
                      "snowy_owl/7.bmp": ["snowy owl"], "y/6.jp2": ["y"]}
     for words in ("8 images, 5 with captions", "2 of them captioned with the name of a folder",
-                  "without caption: 3 (8.gif, x/2", "rows without file name or caption: 3 (", "captions of missing images: 1 (z/0.png)"):
+                  "without caption: 3 (8.gif, x/2", "rows without file name or caption: 3 (",
+                  "captions of missing images: 1 (z/0.png)"):
         assert words in said
 
 
