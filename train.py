@@ -442,7 +442,7 @@ class Run:
             folder.mkdir(parents=True)
             count = len(self.train_data.items) if isinstance(self.train_data, Images) else math.inf
             steps = math.ceil(min(self.args.cache or count, count) / 16)
-            for images, own in tqdm(self.load(range(steps), 16), name, steps):
+            for images, own in tqdm(self.load(range(steps), 16), f"cache for {name}", steps):
                 if self.args.flip:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
@@ -636,7 +636,7 @@ def train_b(run):
         return dict(resized=(rescaled(images, model.config.rescale).clamp(0, 1) * 255).round().byte(),
                     latents=model.a.quantizer(latents)[1].int() if tokens else latents.half())
 
-    arrays = run.cached("stage b", "a.pt", compute)
+    arrays = run.cached("b", "a.pt", compute)
     if not run.pretrained:
         init_mapper(model.compressor, (torch.tensor(arrays["resized"][:1024]).to(run.device) / 255).split(32))
     network = nn.ModuleDict(dict(compressor=model.compressor, b=model.b))
@@ -684,7 +684,7 @@ def train_c(run):
     def compute(images):
         return dict(semantic=model.compress(images))
 
-    arrays = run.cached("stage c", "b.pt", compute)
+    arrays = run.cached("c", "b.pt", compute)
     # Measured again even for pretrained weights, because mean and deviation depend on the image size. clip: the
     # deviation of a constant channel is 0.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
