@@ -234,7 +234,7 @@ def test_the_same_command_goes_on_after_ctrl_c(micro, tmp_path):
     errors = process.communicate(timeout=60)[1]
     stopped = metrics(folder)[-1]["step"]
     assert process.returncode == 1 and 3 < stopped < 60 and "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("stopped; the same command goes on")
+    assert errors.splitlines()[-1].startswith("stopped; run the same command again")
     with pytest.raises(train.UserError, match="give more --steps"):
         train.main([*command, "--steps", "1"])
     train.main(command)
