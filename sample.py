@@ -130,8 +130,7 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 
 
 @torch.no_grad()
-def redraw(model, images, prompts, strength=0.6, negative="", steps=(None, None), guidance=(None, None), seed=None,
-           sampler="ddpm"):
+def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(None, None), seed=None, **options):
     """Changes images to fit prompts: Stage C starts from their semantic latents, noised to time `strength` (SDEdit,
     Meng et al., 2022). At 0, Stage C is skipped, as in `reconstruct`; at 1 the image is ignored, as in `generate`."""
     generator, semantic = generators(seed, len(images)), model.compress(images)
@@ -141,10 +140,9 @@ def redraw(model, images, prompts, strength=0.6, negative="", steps=(None, None)
         x = normal_noise(semantic.shape, generator, model.device)
         if strength < 1:
             x = add_noise(model.c.normalise(semantic), x, times[:1])
-        semantic = model.sample_c(x, times, prompts, negative=negative, guidance=guidance[0], generator=generator,
-                                  sampler=sampler)
-    return model.from_semantic(semantic, prompts, latent_size_of(images), negative=negative, steps=steps[1],
-                               guidance=guidance[1], generator=generator, sampler=sampler)
+        semantic = model.sample_c(x, times, prompts, guidance=guidance[0], generator=generator, **options)
+    return model.from_semantic(semantic, prompts, latent_size_of(images), steps=steps[1], guidance=guidance[1],
+                               generator=generator, **options)
 
 
 def keep(known, mask, noise):
@@ -157,27 +155,26 @@ def keep(known, mask, noise):
 
 
 @torch.no_grad()
-def fill(model, images, masks, prompts, negative="", steps=(None, None), guidance=(None, None), seed=None,
-         sampler="ddpm"):
+def fill(model, images, masks, prompts, steps=(None, None), guidance=(None, None), seed=None, **options):
     """Generates the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool,
     True where to generate; a latent is generated if any of its pixels is masked. prompts describe the whole images."""
     if model.config.b.token_width:
         raise UserError("--fill needs a Stage B that works on latents, not on tokens")
-    options = dict(generator=generators(seed, len(images)), sampler=sampler)
+    options["generator"] = generators(seed, len(images))
     semantic, latents = model.c.normalise(model.compress(images)), model.a.encode(images) / model.a.scale
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
                       for x in (semantic, latents))
     noise = normal_noise(semantic.shape, options["generator"], model.device)
-    semantic = model.sample_c(noise, model.times(steps[0], "c"), prompts, negative=negative, guidance=guidance[0],
+    semantic = model.sample_c(noise, model.times(steps[0], "c"), prompts, guidance=guidance[0],
                               after_step=keep(semantic, kept_c, noise), **options)
     noise = normal_noise(latents.shape, options["generator"], model.device)
-    latents = model.sample_b(noise, model.times(steps[1], "b"), semantic, prompts, negative=negative,
-                             guidance=guidance[1], after_step=keep(latents, kept_b, noise), **options)
+    latents = model.sample_b(noise, model.times(steps[1], "b"), semantic, prompts, guidance=guidance[1],
+                             after_step=keep(latents, kept_b, noise), **options)
     return model.a.decode(latents).float().clamp(0, 1)
 
 
 @torch.no_grad()
-def film(model, prompts, seeds, size=None, negative="", steps=(None, None), guidance=(None, None), sampler="ddpm"):
+def film(model, prompts, seeds, size=None, steps=(None, None), guidance=(None, None), **options):
     """How images appear: Stage C's estimate of x0 at each of its steps, decoded by Stage B in 4 steps with the noise of
     the final image. seeds: list of B ints, size (height, width)
     -> list of images (B, H, W, 3), the last one as from `generate`"""
@@ -189,11 +186,11 @@ def film(model, prompts, seeds, size=None, negative="", steps=(None, None), guid
         return x
 
     x = normal_noise((len(prompts), *semantic_size, model.config.semantic_channels), generator, model.device)
-    semantic = model.sample_c(x, model.times(steps[0], "c"), prompts, negative=negative, guidance=guidance[0],
-                              generator=generator, sampler=sampler, after_step=remember)
+    semantic = model.sample_c(x, model.times(steps[0], "c"), prompts, guidance=guidance[0], generator=generator,
+                              after_step=remember, **options)
     frames = [(x0, 4) for x0 in estimates] + [(semantic, steps[1])]
-    return [model.from_semantic(x0, prompts, latent_size, negative=negative, steps=n, guidance=guidance[1],
-                                generator=[one.clone_state() for one in generator], sampler=sampler)
+    return [model.from_semantic(x0, prompts, latent_size, steps=n, guidance=guidance[1],
+                                generator=[one.clone_state() for one in generator], **options)
             for x0, n in tqdm(frames, "film", unit="frame")]
 
 

@@ -21,7 +21,8 @@ files to its folder:
     sheets/, curves.png         images that show the progress, and the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
-Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data and the command line.
+Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, charts
+and the command line.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
     and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to use e sooner:
 
         most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
-        the loss has the factor 0.4/√(ᾱ(t) + 0.02), whose mean is 1, besides the P2 weight
+        the loss has the factor 0.4/√(ᾱ(t) + 0.02) besides the P2 weight, whose mean it does not change
 
     At such times, noise hides the shapes in the latents, but guessing them wrongly still costs B, so it must read e.
     latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
@@ -230,8 +231,8 @@ def orthogonal(x, dtype):
 
         y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
 
-    by which the ratio of the largest to the smallest singular value falls. Dividing by the norm leaves them in [0.005,
-    1.02] (smaller ones stay too small); the steps bring them to [0.04, 1.96], [0.15, 1.84] and [0.48, 1.51] (Amsel et
+    by which the ratio of the largest to the smallest singular value falls. Dividing by the norm brings them to at most
+    1, up to rounding; the steps bring those in [0.005, 1.02] to [0.04, 1.96], [0.15, 1.84] and [0.48, 1.51] (Amsel et
     al., 2025)."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
@@ -538,8 +539,9 @@ def hard_negatives(caption, between, rng):
     if replaceable := [i for i in others if others[i]]:
         i = rng.choice(replaceable)
         changes.append({i: rng.choice(sorted(others[i]))})
-    if swaps := [{i: words[j], j: words[i]} for i in others for j in others  # not neighbours: each would change the
-                 if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:  # other's neighbours
+    # Not neighbours: swapping them would change each other's neighbours.
+    if swaps := [{i: words[j], j: words[i]} for i in others for j in others
+                 if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:
         changes.append(rng.choice(swaps))
     wrong = (" ".join(change.get(i, words[i]) for i in others) for change in changes)
     return [other for other in wrong if not reserved(other)]
@@ -568,10 +570,10 @@ def train_text(run):
 
 
 def train_a(run):
-    """The VQGAN, on small crops that add up to a quarter of each image. Its receptive field is small, so crops are
-    enough; and they have more border for their size. Borders must be learned separately: there, a transposed
-    convolution sums only half of its terms, in a corner only a quarter. The discriminator joins for the last quarter of
-    the steps, when the images are good enough to be refined."""
+    """The VQGAN, on small crops that add up to a quarter of each image at the presets' sizes. Its receptive field is
+    small, so crops are enough; and they have more border for their size. Borders must be learned separately: there, a
+    transposed convolution sums only half of its terms, in a corner only a quarter. The discriminator joins for the last
+    quarter of the steps, when the images are good enough to be refined."""
     cfg, steps, size = run.model.config.a, run.recipe("a").steps, run.model.config.image_size
     side = max(32, size // 4)
     crops = max(1, size // (2 * side)) ** 2
@@ -705,92 +707,6 @@ def train_c(run):
                   test_batches=run.test_batches("c", compute),
                   lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # at the full rate, it would forget
     model.text_c, model.c = average["text_c"], average["c"]
-
-
-def plot(curves, x_label, y_label, log=False, dashed=None):
-    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0;
-    dashed: more curves under the same labels, to be dashed, or None."""
-    chart, dashed = Image.new("RGB", (640, 360), "white"), dashed or {}
-    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
-
-    def axis(values, start, end, log):
-        """-> a function from values to pixels, and the values that get a tick"""
-        low, high = min(values) if log else min(0, *values), max(values)
-        scale = math.log10 if log else float
-        span = scale(high) - scale(low) or 1
-        nice = [m * 10.0 ** e for e in range(-9, 10) for m in (1, 2, 5)]
-        step = next((step for step in nice if step >= span / 6), span)
-        ticks = nice if log else [i * step for i in range(math.floor(low / step), math.floor(high / step) + 1)]
-        return lambda v: start + (scale(v) - scale(low)) / span * (end - start), [v for v in ticks if low <= v <= high]
-
-    (to_x, x_ticks), (to_y, y_ticks) = (
-        axis([p[i] for curve in (*curves.values(), *dashed.values()) for p in curve], start, end, log and i == 1)
-        for i, (start, end) in enumerate(((left, right), (bottom, top))))
-    for v in x_ticks:
-        pen.line([(to_x(v), top), (to_x(v), bottom)], "#dddddd")
-        pen.text((to_x(v), bottom + 6), f"{v:g}", "black", anchor="ma")
-    for v in y_ticks:
-        pen.line([(left, to_y(v)), (right, to_y(v))], "#dddddd")
-        pen.text((left - 6, to_y(v)), f"{v:g}", "black", anchor="rm")
-    pen.text((right, bottom + 22), x_label, "black", anchor="ra")
-    pen.text((left, 4), y_label, "black")
-    colours = itertools.cycle(("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444"))
-    for i, ((label, curve), colour) in enumerate(zip(curves.items(), colours)):
-        for some, pieces in ((curve, 2), (dashed.get(label, ()), 10)):
-            points = np.array([(to_x(x), to_y(y)) for x, y in some])
-            for start, end in zip(points, points[1:]):
-                dashes = np.linspace(start, end, pieces)
-                for a, b in zip(dashes[::2], dashes[1::2]):
-                    pen.line([*a, *b], colour, 2)
-            for x, y in points if len(points) < 30 else ():
-                pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
-        pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
-    return chart
-
-
-def plot_losses(folder):
-    """Plots the losses of all stages to curves.png, those of test images dashed; at most 50 points per curve, each the
-    mean of several log lines."""
-    losses, test_losses = {}, {}
-    for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
-        for curves, key in ((losses, "loss"), (test_losses, "test_loss")) if isinstance(line, dict) else ():
-            curve = curves.setdefault(line["stage"], [])
-            while curve and curve[-1][0] >= line["step"]:  # resumed or trained again: drop the old points
-                curve.pop()
-            if math.isfinite(line.get(key, math.nan)):
-                curve.append((line["step"], max(1e-6, line[key])))
-    losses, test_losses = (
-        {stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
-         for stage, curve in curves.items() if curve} for curves in (losses, test_losses))
-    plot(losses, "step", "loss (dashed: test images)", log=True, dashed=test_losses).save(folder / "curves.png")
-
-
-def peak_memory(device):
-    """The most memory that this process has used so far, in GB: of the GPU, or of the machine (NaN on Windows)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    if os.name == "nt":
-        return math.nan
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def report(run, stage, seconds, machine):
-    """Adds a finished stage to report.md, a table for comparing runs."""
-    last = parse_json((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    path, sheet = run.folder / "report.md", f"sheets/{stage}_{last['step']:06d}.png"
-    row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
-           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('test_loss', math.nan):.4f}",
-           f"[sheet]({sheet})" if (run.folder / sheet).exists() else "")
-    text = read_text(path) if path.exists() else (
-        f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
-        f"{run.args.preset}, data {run.args.data}, {run.model.config.image_size} px.\n\n"
-        f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n")
-    if not text.endswith("|\n"):  # a new table: also where scores follow the last one
-        text += ("\n| stage | minutes (since the last resume) | steps | batch | images/s | peak memory so far, GB "
-                 "| loss | test loss | test images |\n" + "| --- " * len(row) + "|\n")
-    save_atomically(path, text + "| " + " | ".join(map(str, row)) + " |\n")
 
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
@@ -1221,6 +1137,96 @@ def examples(data, count, start=0):
     """-> `count` images of a data set from number `start` on (count, H, W, 3) in [0, 1]; the first caption of each"""
     images, texts = zip(*(data[i] for i in range(start, start + count)))
     return torch.from_numpy(np.stack(images)) / 255, [text.splitlines()[0] for text in texts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Charts and the report.
+
+
+def plot(curves, x_label, y_label, log=False, dashed=None):
+    """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0;
+    dashed: more curves under the same labels, to be dashed, or None."""
+    chart, dashed = Image.new("RGB", (640, 360), "white"), dashed or {}
+    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
+
+    def axis(values, start, end, log):
+        """-> a function from values to pixels, and the values that get a tick"""
+        low, high = min(values) if log else min(0, *values), max(values)
+        scale = math.log10 if log else float
+        span = scale(high) - scale(low) or 1
+        nice = [m * 10.0 ** e for e in range(-9, 10) for m in (1, 2, 5)]
+        step = next((step for step in nice if step >= span / 6), span)
+        ticks = nice if log else [i * step for i in range(math.floor(low / step), math.floor(high / step) + 1)]
+        return lambda v: start + (scale(v) - scale(low)) / span * (end - start), [v for v in ticks if low <= v <= high]
+
+    (to_x, x_ticks), (to_y, y_ticks) = (
+        axis([p[i] for curve in (*curves.values(), *dashed.values()) for p in curve], start, end, log and i == 1)
+        for i, (start, end) in enumerate(((left, right), (bottom, top))))
+    for v in x_ticks:
+        pen.line([(to_x(v), top), (to_x(v), bottom)], "#dddddd")
+        pen.text((to_x(v), bottom + 6), f"{v:g}", "black", anchor="ma")
+    for v in y_ticks:
+        pen.line([(left, to_y(v)), (right, to_y(v))], "#dddddd")
+        pen.text((left - 6, to_y(v)), f"{v:g}", "black", anchor="rm")
+    pen.text((right, bottom + 22), x_label, "black", anchor="ra")
+    pen.text((left, 4), y_label, "black")
+    colours = itertools.cycle(("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444"))
+    for i, ((label, curve), colour) in enumerate(zip(curves.items(), colours)):
+        for some, pieces in ((curve, 2), (dashed.get(label, ()), 10)):
+            points = np.array([(to_x(x), to_y(y)) for x, y in some])
+            for start, end in zip(points, points[1:]):
+                dashes = np.linspace(start, end, pieces)
+                for a, b in zip(dashes[::2], dashes[1::2]):
+                    pen.line([*a, *b], colour, 2)
+            for x, y in points if len(points) < 30 else ():
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
+        pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
+    return chart
+
+
+def plot_losses(folder):
+    """Plots the losses of all stages to curves.png, those of test images dashed; at most 50 points per curve, each the
+    mean of several log lines."""
+    losses, test_losses = {}, {}
+    for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
+        for curves, key in ((losses, "loss"), (test_losses, "test_loss")) if isinstance(line, dict) else ():
+            curve = curves.setdefault(line["stage"], [])
+            while curve and curve[-1][0] >= line["step"]:  # resumed or trained again: drop the old points
+                curve.pop()
+            if math.isfinite(line.get(key, math.nan)):
+                curve.append((line["step"], max(1e-6, line[key])))
+    losses, test_losses = (
+        {stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
+         for stage, curve in curves.items() if curve} for curves in (losses, test_losses))
+    plot(losses, "step", "loss (dashed: test images)", log=True, dashed=test_losses).save(folder / "curves.png")
+
+
+def peak_memory(device):
+    """The most memory that this process has used so far, in GB: of the GPU, or of the machine (NaN on Windows)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if os.name == "nt":
+        return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def report(run, stage, seconds, machine):
+    """Adds a finished stage to report.md, a table for comparing runs."""
+    last = parse_json((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    path, sheet = run.folder / "report.md", f"sheets/{stage}_{last['step']:06d}.png"
+    row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
+           f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('test_loss', math.nan):.4f}",
+           f"[sheet]({sheet})" if (run.folder / sheet).exists() else "")
+    text = read_text(path) if path.exists() else (
+        f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
+        f"{run.args.preset}, data {run.args.data}, {run.model.config.image_size} px.\n\n"
+        f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n")
+    if not text.endswith("|\n"):  # a new table: also where scores follow the last one
+        text += ("\n| stage | minutes (since the last resume) | steps | batch | images/s | peak memory so far, GB "
+                 "| loss | test loss | test images |\n" + "| --- " * len(row) + "|\n")
+    save_atomically(path, text + "| " + " | ".join(map(str, row)) + " |\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

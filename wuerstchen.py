@@ -21,11 +21,12 @@ Read it from top to bottom:
     7. Stage C      a flat network on the semantic latents
     8. diffusion    schedule, noise, loss, steps, the sampling loop
     9. Wuerstchen   all of it together: generate, reconstruct, save, load
-   10. hub          reads the published weights; you can skip it
+   10. version 1    Stage B on Stage A's codes; you can skip it
+   11. files        writes and reads, also the published weights; you can skip it
 
 Conventions:
-- Images and activations are channels last, (B, H, W, C). LayerNorm and Linear then need no permutes, and a 1x1
-  convolution is a Linear.
+- Images and activations are channels last, (B, H, W, C), except inside EfficientNet and the discriminator. LayerNorm
+  and Linear then need no permutes, and a 1x1 convolution is a Linear.
 - Images are float in [0, 1]. "Latents" are Stage A's; "semantic latents" are the semantic compressor's.
 - Time t is continuous in [0, 1]: 0 is the clean image, 1 is noise. x0 is the clean value, eps the noise in it.
 """
@@ -540,8 +541,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, codebook_size, channels):
         super().__init__()
-        self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-1 / codebook_size,
-                                                                                   1 / codebook_size))
+        bound = 1 / codebook_size
+        self.codebook = nn.Parameter(torch.empty(codebook_size, channels).uniform_(-bound, bound))
 
     def forward(self, x):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar
@@ -698,9 +699,8 @@ class EfficientNet(nn.Module):
         for kind, expansion, stride, out, count in cfg.stages:
             blocks = []
             for i in range(count):
-                drop = cfg.stochastic_depth * done / total
                 blocks.append(MBConv(channels, out, expansion, stride if i == 0 else 1, fused=kind == "fused",
-                                     drop=drop))
+                                     drop=cfg.stochastic_depth * done / total))
                 channels, done = out, done + 1
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages, conv_norm(channels, cfg.features, 1))
@@ -795,13 +795,13 @@ class StageB(nn.Module):
         """All that depends neither on x nor on t, so that sampling computes it once per image: per level, the semantic
         latents resized to the level's size and mapped, and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
-        text, conditions = self.text_norm(self.text_mapper(text)), []                       # (B, L, cond_width)
-        for i, (blocks, mapper) in enumerate(zip((*self.down, *self.up), self.semantic_mappers)):
-            level = min(i, 2 * len(self.down) - 1 - i)  # 0, 1, 2, ... and back to 0
+        text, conditions, depth = self.text_norm(self.text_mapper(text)), [], len(self.down)  # (B, L, cond_width)
+        levels = (*range(depth), *reversed(range(depth)))  # in the order they run: down, then up
+        for level, blocks, mapper in zip(levels, (*self.down, *self.up), self.semantic_mappers):
             h, w = (n // self.cfg.patch // 2**level for n in size)
             # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
             cells = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
-            conditions.append((cells, blocks.keys_values(text)))                           # (B, h, w, cond_width), ...
+            conditions.append((cells, blocks.keys_values(text)))                            # (B, h, w, cond_width), ...
         return conditions
 
     def predict_eps(self, x, t, conditions):
@@ -824,69 +824,12 @@ class StageB(nn.Module):
                 h = self.downscale[i - 1](h)              # half as high and wide, channels[i]
             h = blocks(h, time, text_kv, semantic=semantic)
             skips.append(h)
-        skips.pop()  # the lowest level's output is h itself
+        skips[-1] = None  # the lowest level's output is h itself
         for i, (blocks, (semantic, text_kv)) in enumerate(zip(self.up, conditions[depth:])):
-            h = blocks(h, time, text_kv, skip=skips.pop() if i > 0 else None, semantic=semantic)
+            h = blocks(h, time, text_kv, skip=skips.pop(), semantic=semantic)
             if i < len(self.upscale):
                 h = self.upscale[i](h)                    # twice as high and wide
         return self.out_norm(h)
-
-
-class SkipFirstResBlock(ResBlock):
-    """The ResBlock where a skip of the U-Net enters, in the paper's first version. The skip is concatenated before the
-    depthwise convolution, not after it; each of the convolution's output channels reads two adjacent channels of
-    [x, skip]."""
-
-    def __init__(self, channels, dropout):
-        super().__init__(channels, dropout=dropout)
-        self.depthwise = Conv(2 * channels, channels, 3, padding=1, groups=channels)
-
-    def forward(self, x, skip, semantic=None):
-        """x and skip (B, H, W, C) -> (B, H, W, C)"""
-        return x + self.mlp(self.norm(self.depthwise(torch.cat([x, skip], dim=-1))))
-
-
-class TokenStageB(StageB):
-    """Stage B of the paper's first version: instead of eps in latents, it predicts Stage A's codes ("tokens"), of which
-    a share t has been replaced by random ones. It sees the semantic latents through attention only, with the text."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        cfg, codebook_size = config.b, config.a.codebook_size
-        self.semantic_mapper = nn.Linear(config.semantic_channels, cfg.cond_width)
-        self.tokens = nn.Embedding(codebook_size, cfg.token_width)
-        self.token_norm = layer_norm(cfg.token_width)
-        self.embed = nn.Linear(cfg.token_width * cfg.patch**2, cfg.channels[0])
-        self.out = nn.Linear(cfg.channels[0], cfg.token_width * cfg.patch**2)
-        self.logit_norm = layer_norm(cfg.token_width)
-        self.logits = nn.Linear(cfg.token_width, codebook_size, bias=False)
-        for blocks in self.up[1:]:
-            blocks[0].res = SkipFirstResBlock(blocks[0].res.depthwise.out_channels, cfg.dropout)
-            blocks[0].res.apply(init_weights)
-            blocks[0].res.project.weight.data *= (1 / sum(cfg.blocks)) ** 0.5
-
-        nn.init.normal_(self.semantic_mapper.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embed.weight, gain=0.02)
-        nn.init.zeros_(self.out.weight)  # so that all logits are equal at first
-        for linear in (self.semantic_mapper, self.embed, self.out):
-            nn.init.zeros_(linear.bias)
-        nn.init.normal_(self.tokens.weight, std=codebook_size**-0.5)
-        self.logits.weight.data = self.tokens.weight.data.clone()  # the same at first, but not tied
-
-    def forward(self, codes, t, semantic, text):
-        """codes: noisy (B, h, w), the rest as in StageB -> logits (B, h, w, codebook_size)"""
-        return self.predict_logits(codes, t, self.encode_conditions(semantic, text, codes.shape[1:3]))
-
-    def encode_conditions(self, semantic, text, size):
-        """The semantic latents' cells and the text as one sequence, hs·ws + L long; per level, its keys and values"""
-        cells = self.semantic_mapper(semantic).flatten(1, 2)
-        text = self.text_norm(torch.cat([cells, self.text_mapper(text)], dim=1))
-        return [(None, blocks.keys_values(text)) for blocks in (*self.down, *self.up)]
-
-    def predict_logits(self, codes, t, conditions):
-        """codes (B, h, w), t (B,), conditions: from `encode_conditions` -> logits (B, h, w, codebook_size)"""
-        h = self.out(self.unet(self.token_norm(self.tokens(codes)), t, conditions))
-        return self.logits(self.logit_norm(depth_to_space(h, self.cfg.patch)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1079,46 +1022,6 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
     return x
 
 
-# The same for tokens: Stage B of the paper's first version.
-
-
-def replace_tokens(codes, others, t, generator=None):
-    """Noise for tokens: with probability t, replaces each code by the one at the same position in `others` (random).
-    codes and others (B, h, w), t (B,) -> noisy codes (B, h, w), and which were replaced, bool (B, h, w)"""
-    replaced = random_numbers(torch.rand, codes.shape, generator, codes.device) < t.view(-1, 1, 1)
-    return torch.where(replaced, others, codes), replaced
-
-
-def token_loss(logits, codes, replaced, t):
-    """Each image's mean of the cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and
-    by 0.3 + 0.7·t elsewhere.
-    logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> (B,)"""
-    errors = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="none")
-    errors = errors.view_as(codes)
-    weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t.view(-1, 1, 1))
-    return (weight * errors).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
-
-
-@torch.no_grad()
-def sample_tokens(network, start, times, conditions, guidance=1.0, generator=None, temperatures=(1.0, 0.2),
-                  after_step=None):
-    """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature; the temperature
-    falls from temperatures[0] to temperatures[1]. Then it resets each token to its starting code with probability
-    t_next.
-    network(codes, t, conditions) -> logits; start: random codes (B, h, w); after_step(codes, drawn, t_next) -> codes;
-    the rest as in `sample` -> codes (B, h, w)"""
-    codes = start
-    for t, t_next, temperature in zip(times[:-1], times[1:], torch.linspace(*temperatures, len(times) - 1).tolist()):
-        logits = guided(network, codes, t, conditions, guidance).float()
-        # The largest of logits + Gumbel noise is a draw from their softmax.
-        gumbel = -(-random_numbers(torch.rand, logits.shape, generator, codes.device).log()).log()
-        drawn = (logits / temperature + gumbel).argmax(dim=-1)
-        codes, _ = replace_tokens(drawn, start, t_next.expand(len(codes)), generator)
-        if after_step is not None:
-            codes = after_step(codes, drawn, t_next)
-    return codes
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Wuerstchen: all of it together.
 
@@ -1128,38 +1031,6 @@ STAGES = {  # the file in a run folder: the networks in it
     "b": ("compressor", "b"),
     "c": ("text_c", "c"),  # Stage C trains its own copy of the text encoder
 }
-
-
-def save_atomically(path, content):
-    """Writes a string (with torch.save, anything else) to a temporary file, then renames it: even if the process dies,
-    the file at `path` is complete, either the old or the new one. OSError if it can't be written."""
-    new = Path(f"{path}.new")
-    try:
-        if isinstance(content, str):
-            new.write_text(content, encoding="utf-8")
-        else:
-            torch.save(content, new)
-        os.replace(new, path)
-    except RuntimeError as error:  # torch.save's
-        raise OSError(f"can't write {path}: is the disk full?") from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def load_file(path, **options):
-    """Loads what `save_atomically` wrote with torch.save. UserError for anything else."""
-    try:
-        return torch.load(path, weights_only=True, **options)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"can't read {path}: it may be damaged") from error
-
-
-def load_state(part, state, path):
-    """Loads into a part the state read from a file. UserError if it does not fit."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit the sizes in config.json") from error
 
 
 def add_negatives(prompts, negative):
@@ -1194,10 +1065,10 @@ class Wuerstchen(nn.Module):
 
     def times(self, steps, stage):
         """steps: as `timesteps` takes them, or None for `config.steps`; stage "b" or "c" -> its sampling times"""
-        return timesteps(self.config.steps["cb".index(stage)] if steps is None else steps, self.device)
+        return timesteps(self.config.steps[0 if stage == "c" else 1] if steps is None else steps, self.device)
 
     def compress(self, images):
-        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16). ValueError if a side is not a multiple of
+        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16). UserError if a side is not a multiple of
         `config.stride`, or if the published compressor was not there to load."""
         H, W = images.shape[1:3]
         if H % self.config.stride or W % self.config.stride:
@@ -1234,17 +1105,15 @@ class Wuerstchen(nn.Module):
         return sample(self.b.predict_eps, x, times, conditions, guidance, **options) * self.a.scale
 
     @torch.no_grad()
-    def from_semantic(self, semantic, prompts, latent_size=None, negative="", steps=None, guidance=None, generator=None,
-                      **options):
+    def from_semantic(self, semantic, prompts, latent_size=None, steps=None, generator=None, **options):
         """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, latent_size (h, w): of Stage A's latents (None:
-        as trained) -> images (B, 4h, 4w, 3) in [0, 1]"""
+        as trained), options: those of `sample_b` -> images (B, 4h, 4w, 3) in [0, 1]"""
         shape = len(prompts), *(latent_size or [self.config.image_size // 4] * 2), self.config.latent_channels
         if self.config.b.token_width:
             x = (random_numbers(torch.rand, shape[:3], generator, self.device) * self.config.a.codebook_size).long()
         else:
             x = normal_noise(shape, generator, self.device)
-        latents = self.sample_b(x, self.times(steps, "b"), semantic, prompts, negative=negative, guidance=guidance,
-                                generator=generator, **options)
+        latents = self.sample_b(x, self.times(steps, "b"), semantic, prompts, generator=generator, **options)
         return self.a.decode(latents).float().clamp(0, 1)
 
     def generate(self, prompts, negative="", size=None, steps=(None, None), guidance=(None, None), seed=None,
@@ -1329,7 +1198,138 @@ class Wuerstchen(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. The published weights, as stored on the hub. Nothing here computes anything: it maps names and reads files.
+# 10. Version 1 of the paper: Stage B on Stage A's codes ("tokens"), with its noise, loss and sampling loop.
+
+
+class SkipFirstResBlock(ResBlock):
+    """The ResBlock where a skip of the U-Net enters, in the paper's first version. The skip is concatenated before the
+    depthwise convolution, not after it; each of the convolution's output channels reads two adjacent channels of
+    [x, skip]."""
+
+    def __init__(self, channels, dropout):
+        super().__init__(channels, dropout=dropout)
+        self.depthwise = Conv(2 * channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x, skip, semantic=None):
+        """x and skip (B, H, W, C) -> (B, H, W, C)"""
+        return x + self.mlp(self.norm(self.depthwise(torch.cat([x, skip], dim=-1))))
+
+
+class TokenStageB(StageB):
+    """Stage B of the paper's first version: instead of eps in latents, it predicts Stage A's codes ("tokens"), of which
+    a share t has been replaced by random ones. It sees the semantic latents through attention only, with the text."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        cfg, codebook_size = config.b, config.a.codebook_size
+        self.semantic_mapper = nn.Linear(config.semantic_channels, cfg.cond_width)
+        self.tokens = nn.Embedding(codebook_size, cfg.token_width)
+        self.token_norm = layer_norm(cfg.token_width)
+        self.embed = nn.Linear(cfg.token_width * cfg.patch**2, cfg.channels[0])
+        self.out = nn.Linear(cfg.channels[0], cfg.token_width * cfg.patch**2)
+        self.logit_norm = layer_norm(cfg.token_width)
+        self.logits = nn.Linear(cfg.token_width, codebook_size, bias=False)
+        for blocks in self.up[1:]:
+            blocks[0].res = SkipFirstResBlock(blocks[0].res.depthwise.out_channels, cfg.dropout)
+            blocks[0].res.apply(init_weights)
+            blocks[0].res.project.weight.data *= (1 / sum(cfg.blocks)) ** 0.5
+
+        nn.init.normal_(self.semantic_mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embed.weight, gain=0.02)
+        nn.init.zeros_(self.out.weight)  # so that all logits are equal at first
+        for linear in (self.semantic_mapper, self.embed, self.out):
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.tokens.weight, std=codebook_size**-0.5)
+        self.logits.weight.data = self.tokens.weight.data.clone()  # the same at first, but not tied
+
+    def forward(self, codes, t, semantic, text):
+        """codes: noisy (B, h, w), the rest as in StageB -> logits (B, h, w, codebook_size)"""
+        return self.predict_logits(codes, t, self.encode_conditions(semantic, text, codes.shape[1:3]))
+
+    def encode_conditions(self, semantic, text, size):
+        """The semantic latents' cells and the text as one sequence, hs·ws + L long; per level, its keys and values"""
+        cells = self.semantic_mapper(semantic).flatten(1, 2)
+        text = self.text_norm(torch.cat([cells, self.text_mapper(text)], dim=1))
+        return [(None, blocks.keys_values(text)) for blocks in (*self.down, *self.up)]
+
+    def predict_logits(self, codes, t, conditions):
+        """codes (B, h, w), t (B,), conditions: from `encode_conditions` -> logits (B, h, w, codebook_size)"""
+        h = self.out(self.unet(self.token_norm(self.tokens(codes)), t, conditions))
+        return self.logits(self.logit_norm(depth_to_space(h, self.cfg.patch)))
+
+
+def replace_tokens(codes, others, t, generator=None):
+    """Noise for tokens: with probability t, replaces each code by the one at the same position in `others` (random).
+    codes and others (B, h, w), t (B,) -> noisy codes (B, h, w), and which were replaced, bool (B, h, w)"""
+    replaced = random_numbers(torch.rand, codes.shape, generator, codes.device) < t.view(-1, 1, 1)
+    return torch.where(replaced, others, codes), replaced
+
+
+def token_loss(logits, codes, replaced, t):
+    """Each image's mean of the cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and
+    by 0.3 + 0.7·t elsewhere.
+    logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> (B,)"""
+    errors = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="none")
+    errors = errors.view_as(codes)
+    weight = torch.where(replaced, 1.0, 0.3 + 0.7 * t.view(-1, 1, 1))
+    return (weight * errors).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
+
+
+@torch.no_grad()
+def sample_tokens(network, start, times, conditions, guidance=1.0, generator=None, temperatures=(1.0, 0.2),
+                  after_step=None):
+    """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature; the temperature
+    falls from temperatures[0] to temperatures[1]. Then it resets each token to its starting code with probability
+    t_next.
+    network(codes, t, conditions) -> logits; start: random codes (B, h, w); after_step(codes, drawn, t_next) -> codes;
+    the rest as in `sample` -> codes (B, h, w)"""
+    codes = start
+    for t, t_next, temperature in zip(times[:-1], times[1:], torch.linspace(*temperatures, len(times) - 1).tolist()):
+        logits = guided(network, codes, t, conditions, guidance).float()
+        # The largest of logits + Gumbel noise is a draw from their softmax.
+        gumbel = -(-random_numbers(torch.rand, logits.shape, generator, codes.device).log()).log()
+        drawn = (logits / temperature + gumbel).argmax(dim=-1)
+        codes, _ = replace_tokens(drawn, start, t_next.expand(len(codes)), generator)
+        if after_step is not None:
+            codes = after_step(codes, drawn, t_next)
+    return codes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Files: a run's, and the published weights as stored on the hub. Nothing here computes anything.
+
+
+def save_atomically(path, content):
+    """Writes a string (with torch.save, anything else) to a temporary file, then renames it: even if the process dies,
+    the file at `path` is complete, either the old or the new one. OSError if it can't be written."""
+    new = Path(f"{path}.new")
+    try:
+        if isinstance(content, str):
+            new.write_text(content, encoding="utf-8")
+        else:
+            torch.save(content, new)
+        os.replace(new, path)
+    except RuntimeError as error:  # torch.save's
+        raise OSError(f"can't write {path}: is the disk full?") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def load_file(path, **options):
+    """Loads what `save_atomically` wrote with torch.save. UserError for anything else."""
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"can't read {path}: it may be damaged") from error
+
+
+def load_state(part, state, path):
+    """Loads into a part the state read from a file. UserError if it does not fit."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit the sizes in config.json") from error
+
 
 OFFICIAL_FOLDERS = {"text_c": "wuerstchen-prior/text_encoder", "c": "wuerstchen-prior/prior",
                     "text_b": "wuerstchen/text_encoder", "b": "wuerstchen/decoder", "a": "wuerstchen/vqgan",
