@@ -254,10 +254,10 @@ def parse_args(argv=None):
     add("--width", help="in pixels; as trained if not given", type=number(int, 1, 8192))
     add("--steps-c", help="diffusion steps of Stage C; the run's if not given", type=number(int, 1, 10_000))
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="the same for Stage B", type=number(int, 1, 10_000))
+    add("--steps-b", help="diffusion steps of Stage B; the run's if not given", type=number(int, 1, 10_000))
     add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given",
         type=number(float, 0, 100))
-    add("--cfg-b", help="the same for Stage B", type=number(float, 0, 100))
+    add("--cfg-b", help="guidance scale of Stage B, likewise", type=number(float, 0, 100))
     add("--sampler", help="ddim adds no noise between steps (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", help="default: auto, the best available", choices=DEVICES)
     add("--strength", help="how much noise --redraw adds: 0 only reconstructs the image, 1 ignores it (default: 0.6)",

@@ -933,7 +933,7 @@ def start(numbers, folder):
     for number in numbers:
         path = folder / EXERCISES[number - 1].file
         path.write_text(cut(path.read_text("utf-8"), number), "utf-8")
-    print(f"{folder}: exercises {', '.join(map(str, numbers))} are yours to write\n"
+    print(f"{folder}: yours to write: {', '.join(map(str, numbers))}\n"
           f"then, in {folder}: python tests/lab.py check")
 
 
@@ -1001,7 +1001,7 @@ def main(argv=None):
         print(EXPERIMENTS)
     elif args.command == "start":
         if args.to is None or args.to.exists() or HERE in args.to.resolve().parents:
-            parser.error("--to DIR is needed: a folder outside the project that does not exist yet")
+            parser.error("--to DIR must be a new folder outside the project")
         start(chosen, args.to)
     elif args.command == "check":
         sys.exit(not check(chosen))
