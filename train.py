@@ -428,11 +428,11 @@ class Run:
         return text[:-1], text[-1:]
 
     def cached(self, name, made_from, compute):
-        """Runs compute(images) -> {key: tensor (B, ...)} once on the first --cache training images (rounded up to
-        batches of 16) or, without --cache, on all images of a data set on disk; with --flip, on their mirror images
-        too. The results are kept in cache/<name>/, and computed again if they are incomplete, or older than
-        options.json or than `made_from`, the file of the stage they depend on. Every stage deletes cache/ when it is
-        finished, so it only helps to resume an interrupted stage.
+        """Runs compute(images) -> {key: tensor (B, ...)}, see `train_b` and `train_c`, once on the first --cache
+        training images (rounded up to batches of 16) or, without --cache, on all images of a data set on disk; with
+        --flip, on their mirror images too. The results are kept in cache/<name>/, and computed again if they are
+        incomplete, or older than options.json or than `made_from`, the file of the stage they depend on. Every stage
+        deletes cache/ when it is finished, so it only helps to resume an interrupted stage.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -715,10 +715,11 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 # ----------------------------------------------------------------------------------------------------------------------
 # Data. A data set never ends: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions, one
 # string with a caption per line. Both depend only on i and the seed, so a step number is enough to resume a run.
-# data.captions() yields the captions to train the tokenizer on. To add a data set, add its name to the choices of
-# --data, and let `open_data` return {"train": ..., "test": ...} for it. For image files or arrays, a reader like
-# `list_cifar` is enough, and `Images` does the rest; with a class of your own, give --cache: `cached` knows only the
-# length of `Images`. First Shapes, rendered on the fly: "a big blue square to the left of a small green star".
+# data.captions() yields the captions for the tokenizer and for hard negatives; it must end. To add a data set, add its
+# name to the choices of --data, and a branch to `open_data` that returns {"train": ..., "test": ...} for it. For image
+# files or arrays, a reader like `list_cifar` is enough, and `Images` does the rest. A class of your own needs --cache,
+# as `cached` knows only the length of `Images`; and if it has no files, exempt it from --data-dir in `parse_args`.
+# First Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}

@@ -117,7 +117,8 @@ class Config:
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
     rescale: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
-    semantic_channels: int = 16  # of the compressor's output, which B reads and C generates; change it in a preset
+    # Of the compressor's output, which B reads and C generates. Change it in a preset; quick, cifar, photos copy tiny.
+    semantic_channels: int = 16
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
     text_c: TextConfig = field(default_factory=TextConfig)  # for Stage C
@@ -809,7 +810,8 @@ class StageB(nn.Module):
         h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
         # The network does not output eps but a, the clean part of x, and b, the size of the noise in it; eps follows
         # from x = a + b·eps (the authors' parametrisation). The last layer starts at zero, so that a = 0, b = 1/2 and
-        # eps = 2·x: near t = 1, that has the right direction before any training.
+        # eps = 2·x: near t = 1, that has the right direction before any training. The loss sees only eps: nothing else
+        # makes a the clean part. The limits of b make the division safe.
         a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)  # (B, h, w, 4) each
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
@@ -892,8 +894,9 @@ class StageC(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling know only eps. For
 # v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, halve the outputs of `out`, and let `predict_eps` return √ᾱ·v + √(1 − ᾱ)·x,
-# without a and b. As (error of eps)² = ᾱ·(error of v)², the weight 1 − ᾱ of the loss then means ᾱ·(1 − ᾱ) for v: for an
-# unweighted loss of v, make it 1/ᾱ in `diffusion_loss`. (`stage_b_loss` multiplies it by a factor of its own.)
+# without a and b (ᾱ of shape (B, 1, 1, 1), as in `add_noise`), and train B, then C, in a new run. As (error of eps)² =
+# ᾱ·(error of v)², the weight 1 − ᾱ of the loss then means ᾱ·(1 − ᾱ) for v: for an unweighted loss of v, make it 1/ᾱ in
+# `diffusion_loss`. (`stage_b_loss` multiplies it by a factor of its own.)
 
 
 def alpha_bar(t):
@@ -1034,7 +1037,8 @@ STAGES = {  # the file in a run folder: the networks in it
 
 
 def add_negatives(prompts, negative):
-    """B prompts, then their negative prompts for the unconditional branch: one string for all, or B."""
+    """B prompts, then their negative prompts for the unconditional branch: one string for all, or B. The default, "",
+    is the null caption of training."""
     return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
 
 
