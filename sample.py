@@ -11,8 +11,8 @@ Generates images with a trained model:
     python sample.py --redraw photo.png "a red star" --strength 0.6
     python sample.py --fill photo.png mask.png "a red star"      generates only where the mask is white
 
-Images are numbered row by row from 0. Image i has the seed --seed + i: generated alone with that seed, it is the same
-(except for rounding).
+Images are numbered row by row from 0. Image i has the seed --seed + i; generated alone with that seed, it comes out the
+same (up to rounding).
 """
 
 import argparse
@@ -121,7 +121,7 @@ def latent_size_of(images):
 
 @torch.no_grad()
 def mix(model, images, prompt="", count=7, seed=0, **options):
-    """From one image to another: `count` images from the semantic latents between theirs, all with the same noise.
+    """From one image to another: `count` images decoded from interpolated semantic latents, all with the same noise.
     images (2, H, W, 3), seed: int -> (count, H, W, 3); the ends are what `model.reconstruct` makes of the two"""
     first, last = model.compress(images)
     between = torch.lerp(first, last, torch.linspace(0, 1, count, device=model.device).view(-1, 1, 1, 1))
@@ -224,7 +224,7 @@ def image_file(path, **options):
 
 
 def run_script(main, stopped):
-    """Runs a script. An error that the user can fix ends with one line, a bug with a traceback."""
+    """Runs a script. On an error that the user can fix, it prints one line; on a bug, a traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal can't print
     try:
@@ -246,7 +246,7 @@ def parse_args(argv=None):
     add("--official", help="use the published weights: a folder with the hub's snapshots wuerstchen-prior, "
         "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", type=image_file, default="out.png")
-    add("--count", help="images per prompt (1; with --vary 4), or frames of --mix (7)", type=number(int, 1, 10_000))
+    add("--count", help="images per prompt (default: 1; --vary: 4; --mix: 7 frames)", type=number(int, 1, 10_000))
     add("--seed", help="seed of the first image; each further image adds 1 (default: 0)", default=0,
         type=number(int, 0, 2**63 - 1))
     add("--negative", help="negative prompt", default="")
@@ -293,7 +293,7 @@ def main(argv=None):
         sheet = generate(model, args)
     try:
         sheet.save(args.out)
-    except Exception as error:  # a format may be too small for this sheet
+    except Exception as error:  # the format may not allow a sheet this large
         print(f"can't write {args.out}: {error}", file=sys.stderr)
         args.out += ".png"
         sheet.save(args.out)
@@ -304,7 +304,7 @@ def generate(model, args):
     """What the command asks for -> PIL image"""
     for prompt in (*args.prompts, args.negative):
         if rest := model.tokenizer.overflow(prompt):
-            print(f'longer than the {model.tokenizer.length} tokens that the text encoder reads; left out: "{rest}"')
+            print(f'the text encoder reads only {model.tokenizer.length} tokens; left out: "{rest}"')
         if words := model.tokenizer.unseen(prompt):
             print("never seen in training:", ", ".join(dict.fromkeys(words)))
     size = [args.height or model.config.image_size, args.width or model.config.image_size]

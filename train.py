@@ -6,7 +6,7 @@ Trains Würstchen from scratch, stage by stage:
     python train.py --data folder --data-dir DIR --run runs/mine        your own images, with captions in .txt files
     python train.py c --steps 5000                       one stage again, for longer
 
-First the tokenizer and, contrastively, a text encoder (the paper takes CLIP's); then the paper's order: Stage A,
+It first trains a tokenizer and, contrastively, a text encoder (the paper uses CLIP's); then, as in the paper, Stage A,
 Stage B with its semantic compressor, Stage C on the compressor's latents. Stage B uses the text encoder unchanged;
 Stage C continues training its own copy. The README lists what differs from the authors' training. A run writes these
 files to its folder:
@@ -116,13 +116,13 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 
 def noisy_conditions(compressor, resized, text, null_text):
     """Stage B's conditions in training: the text and the semantic latents e. So that B can also generate without either
-    of them, and tolerates the errors in Stage C's e, training changes both:
+    of them, and tolerate the errors in Stage C's e, training changes both:
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
         e: noised at a random time in [0, 0.5] for 10% of the images that have a caption (the authors: in 30%
            of the batches, whether or not captions are dropped); after that, zeroed for 5% of all images
 
-    each choice by a `bernoulli_mask` of its own.
+    Each choice has a `bernoulli_mask` of its own.
 
     We drop so many captions because those of Shapes say nearly all that an image shows: B would read them instead of e.
     Where there is no caption, e is all that B has, and is never noised.
@@ -145,7 +145,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
     and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to use e sooner:
 
         most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
-        the loss has the factor 0.4/√(ᾱ(t) + 0.02) besides the P2 weight, whose mean it does not change
+        besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02), which keeps the mean weight the same
 
     At such times, noise hides the shapes in the latents, but guessing them wrongly still costs B, so it must read e.
     latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
@@ -197,10 +197,10 @@ def bernoulli_mask(p, x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, with all singular values of the update brought near 1 (Jordan et al., 2024). For matrices; all stages
-    then need far fewer steps. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
+    """Momentum, with all singular values of the update brought near 1 (Jordan et al., 2024). For matrices. All stages
+    need far fewer steps with it. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
     fortieth of float32's speed; here `dtype` sets the precision, and `orthogonal` takes three steps instead of five.
-    Matrices of one shape are updated together, which is faster."""
+    Matrices of equal shape are updated together, which is faster."""
 
     def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
         super().__init__(groups, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
@@ -231,7 +231,7 @@ def orthogonal(x, dtype):
 
         y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
 
-    by which the ratio of the largest to the smallest singular value falls. Dividing by the norm brings them to at most
+    which lower the ratio of the largest to the smallest singular value. Dividing by the norm makes all values at most
     1, up to rounding; the steps bring those in [0.005, 1.02] to [0.04, 1.96], [0.15, 1.84] and [0.48, 1.51] (Amsel et
     al., 2025)."""
     tall = x.shape[1] > x.shape[2]
@@ -432,7 +432,7 @@ class Run:
         training images (rounded up to batches of 16) or, without --cache, on all images of a data set on disk; with
         --flip, on their mirror images too. The results are kept in cache/<name>/, and computed again if they are
         incomplete, or older than options.json or than `made_from`, the file of the stage they depend on. Every stage
-        deletes cache/ when it is finished, so it only helps to resume an interrupted stage.
+        deletes cache/ when it is finished, so the cache only helps to resume an interrupted stage.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -528,7 +528,7 @@ def words_read(caption, tokenizer):
 
 
 def hard_negatives(caption, between, rng):
-    """Captions that are almost right, and nearly always wrong: one with a word replaced, one with two words swapped. A
+    """Captions close to the real one, but nearly always wrong: one with a word replaced, one with two words swapped. A
     word is put only between neighbours that it has in some training caption (`words_between`). Random swaps are mostly
     ungrammatical, and the text encoder could reject them without the image. A wrong caption that is `reserved` for
     testing is left out, so that Shapes' test captions stay unseen; in other data, this merely loses one in sixteen.
@@ -539,7 +539,7 @@ def hard_negatives(caption, between, rng):
     if replaceable := [i for i in others if others[i]]:
         i = rng.choice(replaceable)
         changes.append({i: rng.choice(sorted(others[i]))})
-    # Not neighbours: swapping them would change each other's neighbours.
+    # Not adjacent words: swapping them would change the neighbours of both.
     if swaps := [{i: words[j], j: words[i]} for i in others for j in others
                  if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:
         changes.append(rng.choice(swaps))
@@ -799,8 +799,8 @@ def split_of(scene):
 
 
 def place(scene, rng):
-    """Centres (x, y) of the objects as shares of the side: one in the middle, two each in the middle of a half, so that
-    even big ones don't touch; all with a random offset."""
+    """Centres (x, y) of the objects as shares of the side: one in the middle; two, each in the middle of a half, so
+    that even big ones don't touch; all with a random offset."""
     step = np.array(RELATIONS.get(scene.relation, (0, 0)))
     steps = [step, -step] if scene.relation else [step]
     return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
@@ -940,7 +940,7 @@ def parse_json(text):
 
 
 def get(row, key, kind=object):
-    """row[key] if row is a dictionary and that is of this kind, else an empty object of the kind"""
+    """row[key] if row is a dictionary and row[key] is of this kind, else an empty object of this kind"""
     value = row.get(key) if isinstance(row, dict) else None
     return value if isinstance(value, kind) else kind()
 
@@ -980,7 +980,7 @@ LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "Syst
 
 
 def find_files(folder, left_out):
-    """All files in a folder and its sub-folders, linked ones too; without hidden ones, what file managers leave, and
+    """All files in a folder and its sub-folders, including links, but not hidden files, leftovers of file managers or
     training runs. -> [path]"""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True,
@@ -1234,7 +1234,7 @@ def report(run, stage, seconds, machine):
 # The command line.
 
 FIXED = ("preset", "data", "image_size", "init_from", "tokens")  # options that a run keeps from its first command on
-SAVED = (*FIXED, "data_dir", "flip", "seed", "device", "precision", "freeze_text", "cache")  # what later ones take over
+SAVED = (*FIXED, "data_dir", "flip", "seed", "device", "precision", "freeze_text", "cache")  # reused by later commands
 
 
 def read_options(folder):
@@ -1301,7 +1301,7 @@ def parse_args(argv=None):
         "bfloat16 where the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "
-        "one does)")
+        "process prepares them)")
     add("--log-every", type=positive, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
     add("--save-every", type=positive, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
     args = parser.parse_args(argv)  # parsed twice: what is saved in --run takes the place of the defaults
@@ -1318,7 +1318,7 @@ def parse_args(argv=None):
     begun = {"init_from": None, "tokens": False} | saved
     for name in FIXED if saved else ():
         if getattr(args, name) != begun.get(name, getattr(args, name)):
-            parser.error(f"{args.run} was begun with {name} {begun[name]}; take another --run")
+            parser.error(f"{args.run} was started with {name} {begun[name]}; use another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
         parser.error(f"--data {args.data} " + ("takes no --data-dir; give --data too" if args.data_dir else
                                             "needs a --data-dir"))
@@ -1343,7 +1343,7 @@ def parse_args(argv=None):
 def begin(args, captions):
     """Writes what all commands of a run need: sizes and vocabulary; with --init-from, weights too."""
     if Path(args.run).is_dir() and any(Path(args.run).iterdir()):
-        raise UserError(f"{args.run} is not empty, and has no options.json of a run: take another --run")
+        raise UserError(f"{args.run} is not empty, and has no options.json of a run: use another --run")
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)

@@ -22,7 +22,7 @@ Read it from top to bottom:
     8. diffusion    schedule, noise, loss, steps, the sampling loop
     9. Wuerstchen   all of it together: generate, reconstruct, save, load
    10. version 1    Stage B on Stage A's codes; you can skip it
-   11. files        writes and reads, also the published weights; you can skip it
+   11. files        saving and loading, including the published weights; you can skip it
 
 Conventions:
 - Images and activations are channels last, (B, H, W, C), except inside EfficientNet and the discriminator. LayerNorm
@@ -103,7 +103,7 @@ class StageBConfig:
 
 @dataclass
 class StageCConfig:
-    """The published weights. Appendix E.3 describes a smaller one: 16 blocks, 1280 channels, 16 heads."""
+    """The published Stage C. Appendix E.3 describes a smaller one: 16 blocks, 1280 channels, 16 heads."""
     width: int = 1536
     depth: int = 32
     heads: int = 24
@@ -198,7 +198,7 @@ PRESETS["quick"] = replace(
     PRESETS["tiny"], image_size=64, rescale=1.5,
     b=replace(PRESETS["tiny"].b, channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True)))
 
-# "quick" with 4x4 cells, which a photo needs to be recognised. Photos also need more sampling steps than shapes: with
+# "quick" with 4x4 cells, which photos need to be recognisable. Photos also need more sampling steps than shapes: with
 # 20 for C and 12 for B, the standard deviation of C's semantic latents is a seventh too small, and B leaves a grid of
 # dots in clear skies.
 PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), steps=(60, 24))
@@ -315,7 +315,7 @@ class Attention(nn.Module):
         return self.attend(self.q(x), self.k(context), self.v(context), mask)
 
     def attend(self, q, k, v, mask=None):
-        """softmax(q·kᵀ/√d)·v in each head, then the Linear `out`. A head is a run of d = C/heads neighbouring channels.
+        """softmax(q·kᵀ/√d)·v in each head, then the Linear `out`. A head is d = C/heads consecutive channels.
         q (B, N, C), k and v (B, M, C), mask as in `forward` -> (B, N, C)"""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or M, d)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -333,8 +333,8 @@ class AttnBlock(nn.Module):
 
     def keys_values(self, text):
         """The text's keys and values: the attention's k and v of kv(SiLU(text)). They depend neither on the noisy input
-        nor on the time, so they are computed once per image, which saves 11 to 14% of generating with
-        the model that comes with the code.
+        nor on the time, so they are computed once per image, which saves 11 to 14% of the time that
+        generating takes with the included model.
         text (B, L, cond_width) -> keys, values, each (B, L, C)"""
         text = self.kv(F.silu(text))
         return self.attention.k(text), self.attention.v(text)
@@ -358,7 +358,7 @@ class Block(nn.Module):
         self.attn = AttnBlock(channels, cond_width, heads) if heads else None
 
     def forward(self, x, time, text_kv, skip=None, semantic=None):
-        """x (B, H, W, C), the rest as the parts take it -> (B, H, W, C)"""
+        """x (B, H, W, C), the other arguments as the parts expect them -> (B, H, W, C)"""
         x = self.time(self.res(x, skip, semantic), time)
         return x if self.attn is None else self.attn(x, text_kv)
 
@@ -501,8 +501,8 @@ class CLIP(nn.Module):
 
 def contrastive_loss(logits, ids):
     """CLIP's loss: the mean of two cross-entropies. One is over all N captions, for each image; the other over the B
-    images, for each of the first B captions. If captions are identical, all of them (in the other: all of their images)
-    count as right, and share the target equally.
+    images, for each of the first B captions. If captions are identical, all of them (in the second: all their images)
+    count as right and share the target equally.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -605,8 +605,8 @@ class VQGAN(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN discriminator: one logit per patch. Paella's, which the authors use, but without its sigmoid: our
-    adversarial loss is the hinge loss."""
+    """PatchGAN discriminator: one logit per patch. This is Paella's, which the authors use, without its sigmoid:
+    our adversarial loss is the hinge loss."""
 
     def __init__(self, depth, width):
         super().__init__()
@@ -631,8 +631,8 @@ class Discriminator(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """On a CPU, this stays in float32: there, the backward pass of a strided one takes ten times as long in bfloat16,
-    or 15% of a training step of Stage B."""
+    """On a CPU, this stays in float32: in bfloat16, the backward pass of a strided one takes ten times as long,
+    which amounts to 15% of a training step of Stage B."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -793,7 +793,7 @@ class StageB(nn.Module):
         return self.predict_eps(x, t, self.encode_conditions(semantic, text, x.shape[1:3]))
 
     def encode_conditions(self, semantic, text, size):
-        """All that depends neither on x nor on t, so that sampling computes it once per image: per level, the semantic
+        """Everything that does not depend on x or t, computed once per image in sampling: for each level, the semantic
         latents resized to the level's size and mapped, and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
         text, conditions, depth = self.text_norm(self.text_mapper(text)), [], len(self.down)  # (B, L, cond_width)
@@ -840,7 +840,7 @@ class StageB(nn.Module):
 
 
 class StageC(nn.Module):
-    """Predicts eps in noisy semantic latents, given the text, which enters in each AttnBlock."""
+    """Predicts eps in noisy semantic latents, given the text, which enters through each AttnBlock."""
 
     def __init__(self, config):
         super().__init__()
@@ -994,8 +994,8 @@ def guided(network, x, t, conditions, guidance):
 
         unconditional + guidance·(conditional − unconditional)
 
-    network(x, t, conditions), x (B, ...), t: scalar tensor; conditions: of B rows; if guidance is not 1, of 2·B: the
-    conditional ones, then the unconditional -> what the network gives for B rows"""
+    network(x, t, conditions), x (B, ...), t: scalar tensor; conditions: B rows; if guidance is not 1, 2·B rows: the
+    conditional ones, then the unconditional ones -> the network's prediction for B rows"""
     if guidance == 1:
         return network(x, t.expand(len(x)), conditions)
     conditional, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)
@@ -1008,8 +1008,8 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 
     network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
     conditions and guidance: see `guided`; sampler: "ddpm" or "ddim"; generator: for the `normal_noise` of each DDPM
-    step, also the last, where it is multiplied by 0; after_step(x, x0, t_next) -> x: called after each step with x, the
-    x0 that was predicted before the step, and the time reached; what it returns is the new x. ValueError for another
+    step, including the last, where its factor is 0; after_step(x, x0, t_next) -> x: called after each step with x, the
+    x0 that was predicted before the step, and the time reached; what it returns is the new x. ValueError for any other
     sampler. -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
         eps = guided(network, x, t, conditions, guidance)  # (B, H, W, C)
@@ -1154,7 +1154,7 @@ class Wuerstchen(nn.Module):
                                                        for name in STAGES[stage] if getattr(self, name) is not None})
 
     def save(self, folder, stages=tuple(STAGES)):
-        """Writes what `load` reads: config.json, tokenizer/ (and tokenizer_b/ if it is another), one file per stage."""
+        """Writes what `load` reads: config.json, tokenizer/ (and tokenizer_b/ if it differs), one file per stage."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_atomically(folder / "config.json", json.dumps(asdict(self.config), indent=1) + "\n")
@@ -1365,8 +1365,8 @@ PARTS = ("res", "time", "attn")
 
 
 def official_name(part, name, config):
-    """The hub's name for a tensor of one of our networks. Theirs counts ResBlocks, TimestepBlocks, AttnBlocks and
-    resamplings of a level in one list."""
+    """The hub's name for a tensor of one of our networks. Their networks number the ResBlocks, TimestepBlocks,
+    AttnBlocks and resampling layers of a level in one list."""
     heads = config.b.heads
 
     def in_level(m):

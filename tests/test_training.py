@@ -364,7 +364,7 @@ def test_a_run_from_before_an_option_goes_on(micro, tmp_path, missing):
     assert [getattr(args, name) for name in ("tokens", "init_from", "device", "freeze_text", "flip", "cache")] == [
         False, None, None, False, False, options.get("cache", 16_384)]
     train.main(["a", "--run", str(folder), *FEW])
-    assert "was begun with tokens False" in last_words("train.py", "--run", folder, "--tokens")
+    assert "was started with tokens False" in last_words("train.py", "--run", folder, "--tokens")
 
 
 def test_an_unfinished_stage_goes_on_as_it_was_begun(micro, tmp_path, capsys):
@@ -397,7 +397,7 @@ def test_a_checkpoint_goes_on_in_another_precision(tmp_path):
 def test_errors_are_one_line(micro, tmp_path):
     new = tmp_path / "new"
     for name, value in (("preset", "small"), ("data", "coco"), ("image-size", "64"), ("init-from", "x")):
-        assert f"was begun with {name.replace('-', '_')} " in last_words("train.py", "--run", micro, f"--{name}", value)
+        assert f"was started with {name.replace('-', '_')} " in last_words("train.py", "--run", micro, f"--{name}", value)
     for message, *options in (("multiple of 32", "--image-size", "40"), ("needs a --data-dir", "--data", "coco"),
                               ("needs the stage to train", "--init-from", micro),
                               ("0 with captions", "--data", "folder", "--data-dir", tmp_path)):
