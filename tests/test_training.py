@@ -397,7 +397,8 @@ def test_a_checkpoint_goes_on_in_another_precision(tmp_path):
 def test_errors_are_one_line(micro, tmp_path):
     new = tmp_path / "new"
     for name, value in (("preset", "small"), ("data", "coco"), ("image-size", "64"), ("init-from", "x")):
-        assert f"was started with {name.replace('-', '_')} " in last_words("train.py", "--run", micro, f"--{name}", value)
+        said = last_words("train.py", "--run", micro, f"--{name}", value)
+        assert f"was started with {name.replace('-', '_')} " in said
     for message, *options in (("multiple of 32", "--image-size", "40"), ("needs a --data-dir", "--data", "coco"),
                               ("needs the stage to train", "--init-from", micro),
                               ("0 with captions", "--data", "folder", "--data-dir", tmp_path)):
