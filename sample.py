@@ -11,8 +11,8 @@ Generates images with a trained model:
     python sample.py --redraw photo.png "a red star" --strength 0.6
     python sample.py --fill photo.png mask.png "a red star"      generates only where the mask is white
 
-Images are numbered row by row from 0. Image i has the seed --seed + i; generated alone with that seed, it comes out the
-same (up to rounding).
+Images are numbered row by row from 0. Image i has the seed --seed + i, and is the same (up to rounding) when generated
+alone with that seed.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def load_image(file, size, background="white"):
 
 
 def load_mask(image, mask, size):
-    """The mask of an image, two files -> (H, W) bool, True where it is white; transparency counts as black"""
+    """The files of an image and its mask -> (H, W) bool, True where the mask is white; transparency counts as black"""
     white = to_tensor(load_image(mask, size, "black")).mean(dim=-1) > 0.5
     (w, h), (mask_w, mask_h) = (ImageOps.exif_transpose(Image.open(file)).size for file in (image, mask))
     if abs(w * mask_h - h * mask_w) > max(w, h):
@@ -111,7 +111,7 @@ def print_machine(device, precision):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What else the three stages can do. model: Wuerstchen; images (B, H, W, 3) in [0, 1], sides multiples of
-# `model.config.stride`; prompts: list of B; seed as in `Wuerstchen.generate`; all return images like those given.
+# `model.config.stride`; prompts: list of B; seed: as in `Wuerstchen.generate`. All return images in this form.
 
 
 def latent_size_of(images):
@@ -132,7 +132,7 @@ def mix(model, images, prompt="", count=7, seed=0, **options):
 @torch.no_grad()
 def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(None, None), seed=None, **options):
     """Changes images to fit prompts: Stage C starts from their semantic latents, noised to time `strength` (SDEdit,
-    Meng et al., 2022). At 0, Stage C is skipped, as in `reconstruct`; at 1 the image is ignored, as in `generate`."""
+    Meng et al., 2022). At 0, Stage C is skipped, as in `reconstruct`; at 1, the image is ignored, as in `generate`."""
     generator, semantic = generators(seed, len(images)), model.compress(images)
     if strength > 0:
         times = model.times(steps[0], "c")
@@ -146,8 +146,8 @@ def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(N
 
 
 def keep(known, mask, noise):
-    """For `after_step` of `sample`: resets the latents to the known ones, noised to the time reached, where the mask
-    (B, h, w, 1) is True, that is, where `fill` generates nothing (the idea of RePaint, Lugmayr et al., 2022, without
+    """For `after_step` of `sample`: where the mask (B, h, w, 1) is True, resets the latents to the known ones, noised
+    to the time reached. There, `fill` generates nothing (the idea of RePaint, Lugmayr et al., 2022, without
     its resampling)."""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
@@ -243,21 +243,21 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("prompts", help="captions to generate images for; several make a grid", nargs="*", metavar="PROMPT")
     add("--run", help="folder of the run (default: the one that comes with the code)", default=EXAMPLE)
-    add("--official", help="use the published weights: a folder with the hub's snapshots wuerstchen-prior, "
-        "wuerstchen and, where an image is given, EfficientNetEncoder", metavar="DIR")
+    add("--official", help="use the published weights in this folder: the hub's snapshots wuerstchen-prior, "
+        "wuerstchen and, if you give an image, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", type=image_file, default="out.png")
     add("--count", help="images per prompt (default: 1; --vary: 4; --mix: 7 frames)", type=number(int, 1, 10_000))
     add("--seed", help="seed of the first image; each further image adds 1 (default: 0)", default=0,
         type=number(int, 0, 2**63 - 1))
     add("--negative", help="negative prompt", default="")
-    add("--height", help="in pixels; as trained if not given", type=number(int, 1, 8192))
-    add("--width", help="in pixels; as trained if not given", type=number(int, 1, 8192))
-    add("--steps-c", help="diffusion steps of Stage C; the run's if not given", type=number(int, 1, 10_000))
+    add("--height", help="in pixels (default: as in training)", type=number(int, 1, 8192))
+    add("--width", help="in pixels (default: as in training)", type=number(int, 1, 8192))
+    add("--steps-c", help="diffusion steps of Stage C (default: the run's)", type=number(int, 1, 10_000))
     add("--fast", help="the authors' list of 29 steps for Stage C", action="store_true")
-    add("--steps-b", help="diffusion steps of Stage B; the run's if not given", type=number(int, 1, 10_000))
-    add("--cfg", help="classifier-free guidance scale of Stage C, 1: none; the run's if not given",
+    add("--steps-b", help="diffusion steps of Stage B (default: the run's)", type=number(int, 1, 10_000))
+    add("--cfg", help="classifier-free guidance scale of Stage C; 1 means no guidance (default: the run's)",
         type=number(float, 0, 100))
-    add("--cfg-b", help="guidance scale of Stage B, likewise", type=number(float, 0, 100))
+    add("--cfg-b", help="the same scale of Stage B", type=number(float, 0, 100))
     add("--sampler", help="ddim adds no noise between steps (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", help="default: auto, the best available", choices=DEVICES)
     add("--strength", help="how much noise --redraw adds: 0 only reconstructs the image, 1 ignores it (default: 0.6)",
@@ -353,7 +353,8 @@ def generate(model, args):
 
 
 def to_sheet(images, args):
-    """One image as it is; several of each prompt as a row per prompt; else one row, each image above its prompt
+    """A single image stays as it is; several images per prompt make one row per prompt; otherwise, all images are in
+    one row, each above its prompt
     -> PIL image"""
     if len(images) == 1:
         return to_pil(images[0])

@@ -6,10 +6,10 @@ Trains Würstchen from scratch, stage by stage:
     python train.py --data folder --data-dir DIR --run runs/mine        your own images, with captions in .txt files
     python train.py c --steps 5000                       one stage again, for longer
 
-It first trains a tokenizer and, contrastively, a text encoder (the paper uses CLIP's); then, as in the paper, Stage A,
-Stage B with its semantic compressor, Stage C on the compressor's latents. Stage B uses the text encoder unchanged;
-Stage C continues training its own copy. The README lists what differs from the authors' training. A run writes these
-files to its folder:
+It first trains a tokenizer, then a text encoder by contrastive learning (the paper uses CLIP's). After that, as in the
+paper, it trains Stage A, then Stage B with its semantic compressor, then Stage C on the compressor's latents. Stage B
+uses the text encoder unchanged; Stage C continues training its own copy. The README lists what differs from the
+authors' training. A run writes these files to its folder:
 
     config.json, tokenizer/     sizes and vocabulary
     options.json                the options that later commands reuse
@@ -17,8 +17,8 @@ files to its folder:
     clip.pt                     the whole contrastive model, which tests/score.py uses
     STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
     metrics.jsonl               a line every few steps: loss (in B and C also by quarter of the time: loss_0, ...,
-                                loss_75), learning rate, images per second; at checkpoints, the loss of test images
-    sheets/, curves.png         images that show the progress, and the losses
+                                loss_75), learning rate, images per second; at checkpoints, the loss on test images
+    sheets/, curves.png         images that show the progress, and a chart of the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
 Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, charts
@@ -99,14 +99,15 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
         loss_gen = 10·MSE + L1 + quantizer's loss − 0.005·D(reconstruction)
         loss_disc = max(0, 1 − D(images)) + max(0, 1 + D(reconstruction))        (hinge)
 
-    images (B, H, W, 3) in [0, 1]; adversarial: whether the terms with the discriminator D count yet
+    images (B, H, W, 3) in [0, 1]; adversarial: whether the terms with the discriminator D are already used
     -> loss_gen, loss_disc (0 if not adversarial), mse, latents (B, h, w, 4), codes (B, h, w)"""
     reconstruction, latents, codes, vq_loss = vqgan(images)
     mse = F.mse_loss(reconstruction, images)
     loss_gen = 10 * mse + F.l1_loss(reconstruction, images) + vq_loss
     loss_disc = torch.zeros((), device=images.device)
     if adversarial:
-        # One backward pass serves both: loss_gen must not reach D's weights, nor loss_disc the generator's.
+        # One backward pass serves both losses: the gradient of loss_gen must not reach D's weights, and the gradient
+        # of loss_disc must not reach the generator's.
         discriminator.requires_grad_(False)
         loss_gen = loss_gen - 0.005 * discriminator(reconstruction).mean()
         discriminator.requires_grad_(True)
@@ -124,11 +125,11 @@ def noisy_conditions(compressor, resized, text, null_text):
 
     Each choice has a `bernoulli_mask` of its own.
 
-    We drop so many captions because those of Shapes say nearly all that an image shows: B would read them instead of e.
-    Where there is no caption, e is all that B has, and is never noised.
+    We drop so many captions because those of Shapes describe nearly everything in an image: otherwise, B would read
+    them instead of e. Without a caption, e is the only condition that B has, so it is never noised.
 
     resized: what the compressor sees (B, rescale·H, rescale·W, 3), in [0, 1]; text (B, L, width); null_text
-    (1, L, width): the null caption, that is the empty one, encoded (`Run.encode`)
+    (1, L, width): the encoded null caption, which is the empty string (`Run.encode`)
     -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
@@ -147,7 +148,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
         most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
         besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02), which keeps the mean weight the same
 
-    At such times, noise hides the shapes in the latents, but guessing them wrongly still costs B, so it must read e.
+    At such times, noise hides the shapes in the latents, but wrong guesses still raise the loss, so B must read e.
     latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
     -> each image's loss and its time, (B,) each"""
     semantic, text = noisy_conditions(compressor, resized, text, null_text)
@@ -160,7 +161,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
 
 
 def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
-    """The loss of the paper's first version: `token_loss` of Stage A's codes (B, h, w), of which each is replaced by a
+    """The loss of the paper's first version: `token_loss` of Stage A's codes (B, h, w), each of which is replaced by a
     random one with probability t; the rest as in `stage_b_loss`"""
     semantic, text = noisy_conditions(compressor, resized, text, null_text)
     t = training_times(len(codes), codes.device)
@@ -170,7 +171,7 @@ def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
 
 def stage_c_loss(c, semantic, text, null_text):
     """Stage C's loss (section 3.2, appendix E.3): diffusion_loss of eps in noised semantic latents, given the text. The
-    null caption replaces 5% of the captions, which classifier-free guidance needs.
+    null caption replaces 5% of the captions, as classifier-free guidance requires.
     semantic (B, hs, ws, 16), text (B, L, width), null_text (1, L, width)
     -> each image's loss and its time, (B,) each"""
     text = torch.where(bernoulli_mask(0.05, text), null_text, text)
@@ -197,10 +198,10 @@ def bernoulli_mask(p, x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, with all singular values of the update brought near 1 (Jordan et al., 2024). For matrices. All stages
-    need far fewer steps with it. torch.optim.Muon always multiplies in bfloat16, which a CPU without it emulates at a
-    fortieth of float32's speed; here `dtype` sets the precision, and `orthogonal` takes three steps instead of five.
-    Matrices of equal shape are updated together, which is faster."""
+    """Momentum with all singular values of the update brought near 1 (Jordan et al., 2024); for matrices only. All
+    stages need far fewer steps with it. torch.optim.Muon always multiplies in bfloat16; a CPU without bfloat16
+    emulates it at a fortieth of float32's speed. Here, `dtype` sets the precision, and `orthogonal` takes three steps
+    instead of five. Matrices of equal shape are updated together, which is faster."""
 
     def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
         super().__init__(groups, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
@@ -231,9 +232,9 @@ def orthogonal(x, dtype):
 
         y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
 
-    which lower the ratio of the largest to the smallest singular value. Dividing by the norm makes all values at most
-    1, up to rounding; the steps bring those in [0.005, 1.02] to [0.04, 1.96], [0.15, 1.84] and [0.48, 1.51] (Amsel et
-    al., 2025)."""
+    which lower the ratio of the largest to the smallest singular value. Dividing by the norm makes all singular values
+    at most 1, up to rounding. The three steps bring those in [0.005, 1.02] to [0.04, 1.96], then to [0.15, 1.84], then
+    to [0.48, 1.51] (Amsel et al., 2025)."""
     tall = x.shape[1] > x.shape[2]
     y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     y = y.mT if tall else y
@@ -244,9 +245,9 @@ def orthogonal(x, dtype):
 
 
 def make_optimizers(network, lr_scale, dtype):
-    """Muon for the weights of Linears that have at least 64 rows and columns; AdamW for all else, with the betas of the
-    authors' script for Stage B. lr_scale(name): factor on the learning rate of a parameter, kept as "lr_scale" in its
-    group. -> list of one or two optimizers"""
+    """Muon for the weights of Linear layers with at least 64 rows and 64 columns; AdamW for all other parameters, with
+    the betas of the authors' script for Stage B. lr_scale(name): the factor by which a parameter's learning rate is
+    multiplied, kept as "lr_scale" in its group. -> list of one or two optimizers"""
     large = {m.weight for m in network.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
     adamw, muons = {}, {}  # factor -> group; Muon's steps may be longer
     for name, p in network.named_parameters():
@@ -257,20 +258,20 @@ def make_optimizers(network, lr_scale, dtype):
 
 
 def ema_update(averages, params, steps):
-    """Exponential moving average of the weights, over about the last tenth of the steps so far, at most 1,000 (the
-    authors: 0.9 every 100 steps). steps: the number of updates before this one"""
+    """Exponential moving average of the weights over about the last tenth of the steps so far, but at most 1,000 steps
+    (the authors: a decay of 0.9 every 100 steps). steps: the number of updates before this one"""
     torch._foreach_lerp_(averages, params, 1 - min(0.999, (1 + steps.item()) / (10 + steps.item())))
 
 
 def learning_rate(recipe, step):
-    """A linear warm-up, as in the authors' script; then a cosine down to 0, which short runs need."""
+    """A linear warm-up, as in the authors' script; then a cosine decay to 0, which short runs need."""
     warm_up = min(10_000, recipe.steps // 20 + 1)
     return recipe.lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
 
 
 def update(network, average, optimizers, scaler, lr):
     """Clips the gradient to norm 1, as the authors do, and takes a step of the optimizers and of the moving average.
-    -> False if a gradient is NaN or inf: then there is no step"""
+    -> False if a gradient is NaN or inf; in that case, no step is taken"""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
@@ -304,16 +305,16 @@ def restore(path, parts, stage, recipe):
 
 @torch.no_grad()
 def test_loss(network, batches, loss_fn):
-    """The mean loss on batches of test data. To be comparable, it always uses the same seed and is computed as at
-    step 0 (in Stage A: without the discriminator)."""
+    """The mean loss on batches of test data. So that its values can be compared, it always uses the same seed and is
+    computed as at step 0 (in Stage A: without the discriminator)."""
     torch.manual_seed(0)
     results = [loss_fn(network, batch, 0) for batch in batches]
     return torch.stack([numbers.get("loss", loss) for loss, numbers in results]).mean()
 
 
 def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr_scale=lambda name: 1):
-    """Trains a network and returns its moving average. Writes a checkpoint every --save-every steps, from which the
-    next call resumes after Ctrl-C or a crash.
+    """Trains a network and returns the moving average of its weights, as a network. Every --save-every steps, it writes
+    a checkpoint. After Ctrl-C or a crash, the next call resumes from there.
 
     batches(first, recipe) yields batches from step `first` on;
     loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log; if it has a "loss", that
@@ -347,7 +348,7 @@ def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr
 
         skipped = 0 if finite else skipped + 1
         if skipped:
-            print(f"stage {stage}: skipped step {step}, its gradient is NaN or inf", file=sys.stderr)
+            print(f"stage {stage}: skipped step {step} because its gradient is NaN or inf", file=sys.stderr)
         if skipped == 10:
             raise UserError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
         checkpoint = step % args.save_every == 0 or step == recipe.steps
@@ -383,7 +384,7 @@ class Run:
         self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
 
     def recipe(self, stage):
-        """Each value: from the command; if not given, from the checkpoint of an unfinished stage, else the preset's."""
+        """Each value comes from the command; else from the checkpoint of an unfinished stage; else from the preset."""
         path, begun = self.folder / f"{stage}.ckpt", RECIPES[self.args.preset][stage]
         if path.exists():  # memory-mapped: reads no weights
             begun = Recipe(**load_file(path, mmap=True).get("recipe", asdict(begun)))
@@ -395,7 +396,7 @@ class Run:
         return computing(self.device.type, self.precision, plain_attention(self.device.type, self.precision))
 
     def log(self, **numbers):
-        """Adds a line to metrics.jsonl, without numbers that are NaN, unless they are "loss" or "test_loss"."""
+        """Adds a line to metrics.jsonl. Numbers that are NaN are left out, except "loss" and "test_loss"."""
         numbers = {key: x.item() if torch.is_tensor(x) else x for key, x in numbers.items()}
         numbers = {key: x for key, x in numbers.items() if x == x or key in ("loss", "test_loss")}
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -422,17 +423,18 @@ class Run:
             yield images, list(map(pick, texts, rngs))
 
     def encode(self, encoder, captions, stage="b"):
-        """-> captions (B, L, width) and the null caption (1, L, width). Published stages have a tokenizer each."""
+        """-> the encoded captions (B, L, width) and the encoded null caption (1, L, width). Each published stage has its
+        own tokenizer."""
         tokenizer = self.model.tokenizer if stage == "c" else self.model.tokenizer_b
         text = encoder(*(x.to(self.device) for x in tokenizer([*captions, ""])))
         return text[:-1], text[-1:]
 
     def cached(self, name, made_from, compute):
-        """Runs compute(images) -> {key: tensor (B, ...)}, see `train_b` and `train_c`, once on the first --cache
-        training images (rounded up to batches of 16) or, without --cache, on all images of a data set on disk; with
-        --flip, on their mirror images too. The results are kept in cache/<name>/, and computed again if they are
-        incomplete, or older than options.json or than `made_from`, the file of the stage they depend on. Every stage
-        deletes cache/ when it is finished, so the cache only helps to resume an interrupted stage.
+        """Runs compute(images) -> {key: tensor (B, ...)} (see `train_b` and `train_c`) once on the first --cache
+        training images (rounded up to batches of 16) or, without --cache, on all images of a data set on disk. With
+        --flip, it also runs on their mirror images. The results are kept in cache/<name>/. They are computed again if
+        they are incomplete, or older than options.json or `made_from`, the file of the stage they depend on. Every
+        stage deletes cache/ when it is finished, so the cache only helps to resume an interrupted stage.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -467,8 +469,9 @@ class Run:
         return arrays | {"captions": read_json(complete)}
 
     def test_batches(self, stage, compute=None):
-        """The first 64 test images, in batches of the stage's batch size, at most 64. All batches are full, so the last
-        may go beyond 64. Each is as `batches` yields it or, with compute, as `cached_batches` does."""
+        """The first 64 test images, in batches of the stage's batch size, but of at most 64. All batches are full, so
+        the last one may also contain later images. Each batch has the form that `batches` yields or, with compute, the
+        form that `cached_batches` yields."""
         size, found = min(64, self.recipe(stage).batch), []
         for start in range(0, 64, size):
             images, captions = examples(self.test_data, size, start)
@@ -529,9 +532,10 @@ def words_read(caption, tokenizer):
 
 def hard_negatives(caption, between, rng):
     """Captions close to the real one, but nearly always wrong: one with a word replaced, one with two words swapped. A
-    word is put only between neighbours that it has in some training caption (`words_between`). Random swaps are mostly
-    ungrammatical, and the text encoder could reject them without the image. A wrong caption that is `reserved` for
-    testing is left out, so that Shapes' test captions stay unseen; in other data, this merely loses one in sixteen.
+    word is placed only between neighbours that it has in some training caption (`words_between`). Random swaps would
+    mostly be ungrammatical, and the text encoder could reject them without seeing the image. A wrong caption that is
+    `reserved` for testing is left out, so that Shapes' test captions stay unseen. With other data sets, this merely
+    loses one wrong caption in sixteen.
     caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
     words = ["", *caption.lower().split(), ""]
     others = {i: between.get((words[i - 1], words[i + 1]), set()) - {words[i]} for i in range(1, len(words) - 1)}
@@ -548,10 +552,11 @@ def hard_negatives(caption, between, rng):
 
 
 def train_text(run):
-    """The text encoder, contrastively with an image encoder. (The authors take OpenCLIP's, which was trained this way.)
+    """Trains the text encoder contrastively, together with an image encoder. (The authors use OpenCLIP's text encoder,
+    which was trained this way.)
 
-    With random negatives, CLIP can win by matching words and never learns which colour belongs to which shape
-    (Yuksekgonul et al., 2023). So we add hard negatives."""
+    With random negatives, CLIP can reach a low loss by matching words, without ever learning which colour belongs to
+    which shape (Yuksekgonul et al., 2023). So we add hard negatives."""
     between, tokenizer = words_between(run.train_data.captions()), run.model.tokenizer_b
 
     def loss_fn(clip, batch, step):
@@ -570,10 +575,10 @@ def train_text(run):
 
 
 def train_a(run):
-    """The VQGAN, on small crops that add up to a quarter of each image at the presets' sizes. Its receptive field is
-    small, so crops are enough; and they have more border for their size. Borders must be learned separately: there, a
-    transposed convolution sums only half of its terms, in a corner only a quarter. The discriminator joins for the last
-    quarter of the steps, when the images are good enough to be refined."""
+    """Trains the VQGAN on small crops. At the presets' image sizes, they add up to a quarter of each image. The VQGAN's
+    receptive field is small, so crops are enough; they also have more border for their size. Borders must be learned
+    separately: there, a transposed convolution sums only half of its terms, and in a corner only a quarter. The
+    discriminator joins for the last quarter of the steps, when the images are good enough to be refined."""
     cfg, steps, size = run.model.config.a, run.recipe("a").steps, run.model.config.image_size
     side = max(32, size // 4)
     crops = max(1, size // (2 * side)) ** 2
@@ -598,7 +603,8 @@ def train_a(run):
 
 
 def crop(images, side):
-    """A random square of the images, one place for all, on Stage A's grid. (B, H, W, 3) -> (B, side, side, 3)"""
+    """A random square, at the same place in all images, aligned to Stage A's grid.
+    (B, H, W, 3) -> (B, side, side, 3)"""
     top, left = (4 * int(torch.randint((n - side) // 4 + 1, ())) for n in images.shape[1:3])
     return images[:, top:top + side, left:left + side]
 
@@ -630,7 +636,7 @@ def set_scale(run):
 
 
 def train_b(run):
-    """Stage B and the semantic compressor, jointly: the compressor keeps what helps B to generate."""
+    """Trains Stage B and the semantic compressor jointly, so that the compressor keeps what helps B to generate."""
     model, tokens = run.model, run.model.config.b.token_width > 0
 
     def compute(images):  # Stage A no longer changes
@@ -668,8 +674,8 @@ def train_b(run):
 
 @torch.no_grad()
 def init_mapper(compressor, batches):
-    """Starts the compressor's mapper from the principal components of its backbone's features; with random directions,
-    B loses the details of shapes. batches: list of resized images (B, h, w, 3) in [0, 1]"""
+    """Initialises the compressor's mapper with the principal components of its backbone's features. With random
+    directions, B would lose the details of shapes. batches: list of resized images (B, h, w, 3) in [0, 1]"""
     features = torch.cat([compressor.backbone(images) for images in batches])
     features = features.flatten(0, 2).cpu().double()  # float32 fails if all are alike; MPS has neither eigh nor float64
     _, directions = torch.linalg.eigh(features.T.cov())  # by rising variance
@@ -677,8 +683,8 @@ def init_mapper(compressor, batches):
 
 
 def train_c(run):
-    """Stage C, on semantic latents computed once. Its text encoder is trained with it: ours has seen few captions, and
-    if it stays frozen, fewer images come out right. --freeze-text freezes it all the same, as in the paper."""
+    """Trains Stage C on semantic latents that are computed once. Its text encoder is trained with it: ours has seen few
+    captions, and if it stays frozen, fewer images come out right. --freeze-text freezes it anyway, as in the paper."""
     model, frozen = run.model, run.args.freeze_text
     if not run.pretrained:
         model.text_c = copy.deepcopy(model.text_b)
@@ -687,8 +693,8 @@ def train_c(run):
         return dict(semantic=model.compress(images))
 
     arrays = run.cached("c", "b.pt", compute)
-    # Measured again even for pretrained weights, because mean and deviation depend on the image size. clip: the
-    # deviation of a constant channel is 0.
+    # The mean and the standard deviation are measured again even for pretrained weights, because they depend on the
+    # image size. The deviation is clipped because that of a constant channel is 0.
     model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
     model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
     model.text_c.requires_grad_(not frozen)
@@ -718,8 +724,8 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 # data.captions() yields the captions for the tokenizer and for hard negatives; it must end. To add a data set, add its
 # name to the choices of --data, and a branch to `open_data` that returns {"train": ..., "test": ...} for it. For image
 # files or arrays, a reader like `list_cifar` is enough, and `Images` does the rest. A class of your own needs --cache,
-# as `cached` knows only the length of `Images`; and if it has no files, exempt it from --data-dir in `parse_args`.
-# First Shapes, rendered on the fly: "a big blue square to the left of a small green star".
+# because `cached` knows only the length of `Images`. If your class has no files, exempt it from --data-dir in
+# `parse_args`. First comes Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -799,8 +805,8 @@ def split_of(scene):
 
 
 def place(scene, rng):
-    """Centres (x, y) of the objects as shares of the side: one in the middle; two, each in the middle of a half, so
-    that even big ones don't touch; all with a random offset."""
+    """Centres (x, y) of the objects as shares of the side. A single object is in the middle; each of two objects is in
+    the middle of its half, so that even big ones don't touch. All have a random offset."""
     step = np.array(RELATIONS.get(scene.relation, (0, 0)))
     steps = [step, -step] if scene.relation else [step]
     return [0.5 + 0.25 * step + rng.uniform(-JITTER, JITTER, size=2) * 2 / len(steps) for step in steps]
@@ -980,8 +986,8 @@ LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "Syst
 
 
 def find_files(folder, left_out):
-    """All files in a folder and its sub-folders, including links, but not hidden files, leftovers of file managers or
-    training runs. -> [path]"""
+    """All files in a folder and its sub-folders, including links. Hidden files, leftovers of file managers and the
+    folders of training runs are left out. -> [path]"""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True,
                                          onerror=lambda error: left_out["unreadable folders"].append(error.filename)):
@@ -1268,7 +1274,7 @@ def computing(device, precision, plain):
 
 
 def parse_args(argv=None):
-    """The options of a command: those given; if not, those saved in the run; if not, what suits the data set."""
+    """Each option of a command has the value given; else the value saved in the run; else what suits the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
                                      "remembers " + ", ".join(SAVED) + ". An unfinished stage also remembers its "
                                      "steps, batch size and learning rate, but later stages do not take them over. "

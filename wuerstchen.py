@@ -64,7 +64,7 @@ class TextConfig:
 
 @dataclass
 class VQGANConfig:
-    """Stage A. Appendix E.1 says 16 decoder blocks, all 384 wide; the published weights have these sizes."""
+    """Stage A. Appendix E.1 gives 16 decoder blocks, all 384 wide, but the published weights have the sizes below."""
     channels: tuple = (192, 384)  # of each level
     blocks: int = 12  # of the decoder, at the lowest resolution
     codebook_size: int = 8192
@@ -117,7 +117,8 @@ class Config:
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
     rescale: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
-    # Of the compressor's output, which B reads and C generates. Change it in a preset; quick, cifar, photos copy tiny.
+    # Channels of the compressor's output, which B reads and C generates. To change the number, edit a preset; quick,
+    # cifar and photos copy it from tiny.
     semantic_channels: int = 16
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
@@ -139,9 +140,10 @@ class Config:
         return math.ceil(self.rescale * self.image_size / 32)
 
     def grid(self, height, width):
-        """Latent sizes for an image of height x width pixels, rounded as in the published model. Semantic latents: one
-        cell per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up. Stage A's
-        latents: as many per cell as in training, rounded to a multiple of `stride` // 4, which B's down-sampling needs.
+        """Latent sizes for an image of height x width pixels, rounded as in the published model. There is one semantic
+        cell per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up. There are
+        as many of Stage A's latents per cell as in training, rounded to a multiple of `stride` // 4, as B's
+        down-sampling needs.
         -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
@@ -150,7 +152,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """A Config from the dictionary that `asdict` made of it. UserError for anything else."""
+        """Rebuilds a Config from the dictionary that `asdict` made from it. Raises UserError for anything else."""
         try:
             parts = {field.name: field.type for field in fields(cls) if is_dataclass(field.type)}
             return cls(**{name: parts[name](**value) if name in parts else value for name, value in d.items()})
@@ -175,7 +177,7 @@ PRESETS = {
                        cond_width=64, dropout=0.0),
         c=StageCConfig(width=192, depth=6, heads=6, dropout=0.0),
     ),
-    # One GPU with 24 GB: COCO. Not trained yet.
+    # For training on COCO with one 24 GB GPU. Not trained yet.
     "small": Config(
         image_size=256,
         text_c=TextConfig(vocab_size=8192, length=77, width=512, depth=8, heads=8, mlp_width=2048),
@@ -191,19 +193,19 @@ PRESETS = {
     ),
 }
 
-# "tiny" at 64 px: trains in half the time, and generates worse images. The images are enlarged to 96 px for the
-# compressor, so there are 3x3 cells here too; but each covers 21x21 pixels instead of 43x43, and is learned sooner
-# (section 3.4).
+# "tiny" at 64 px: it trains in half the time, but generates worse images. The images are enlarged to 96 px for the
+# compressor, so there are 3x3 cells here too. However, each cell covers 21x21 pixels instead of 43x43, and is learned
+# sooner (section 3.4).
 PRESETS["quick"] = replace(
     PRESETS["tiny"], image_size=64, rescale=1.5,
     b=replace(PRESETS["tiny"].b, channels=(128, 192), blocks=(1, 1), heads=(0, 4), sees_semantic=(True, True)))
 
-# "quick" with 4x4 cells, which photos need to be recognisable. Photos also need more sampling steps than shapes: with
-# 20 for C and 12 for B, the standard deviation of C's semantic latents is a seventh too small, and B leaves a grid of
-# dots in clear skies.
+# "quick" with 4x4 cells, because photos are not recognisable with fewer. Photos also need more sampling steps than
+# shapes do. With 20 steps for C and 12 for B, the standard deviation of C's semantic latents is one seventh too small,
+# and B leaves a grid of dots in clear skies.
 PRESETS["cifar"] = replace(PRESETS["quick"], rescale=2.0, guidance=(3.5, 5.0), steps=(60, 24))
 
-# "tiny" with 4x4 cells, for photos with captions in people's own words. How far it got: tests/gallery/README.md.
+# "tiny" with 4x4 cells, for photos with captions in people's own words. Results: tests/gallery/README.md.
 PRESETS["photos"] = replace(
     PRESETS["tiny"], rescale=1.0, guidance=(3.5, 2.0), steps=(60, 24),
     text_c=replace(PRESETS["tiny"].text_c, vocab_size=4096, length=40),
@@ -214,7 +216,7 @@ PRESETS["photos"] = replace(
 
 
 class Conv(nn.Conv2d):
-    """A convolution on (B, H, W, C). The permutes move no memory."""
+    """A convolution on (B, H, W, C). The permutes do not copy any data."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -254,8 +256,9 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        """(B, H, W, C) -> (B, H, W, C). Computes x·(1 + gamma·N) + beta: with the formula as written above, a training
-        step takes 22% longer in Stage B and 37% in C (preset tiny, float32, two Zen 3 cores)."""
+        """(B, H, W, C) -> (B, H, W, C). Computes the equivalent x·(1 + gamma·N) + beta, which is faster: with the
+        formula as written above, a training step takes 22% longer in Stage B and 37% longer in Stage C (preset tiny,
+        float32, two Zen 3 cores)."""
         y = x.float()  # in half precision, sums of squares would overflow or lose digits
         norm = ((y * y).sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()  # 1e-12 keeps the root's gradient finite at 0
         response = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
@@ -263,8 +266,8 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A depthwise 3x3 convolution mixes space, then an MLP mixes channels. In Stage B, `extra_channels` are appended
-    before the MLP: the U-Net's skip and the semantic latents."""
+    """A depthwise 3x3 convolution mixes positions, then an MLP mixes channels. In Stage B, the U-Net's skip and the
+    semantic latents are appended before the MLP; together they have `extra_channels` channels."""
 
     def __init__(self, channels, extra_channels=0, dropout=0.0):
         super().__init__()
@@ -333,8 +336,8 @@ class AttnBlock(nn.Module):
 
     def keys_values(self, text):
         """The text's keys and values: the attention's k and v of kv(SiLU(text)). They depend neither on the noisy input
-        nor on the time, so they are computed once per image, which saves 11 to 14% of the time that
-        generating takes with the included model.
+        nor on the time, so they are computed only once per image. This saves 11 to 14% of the generation time with
+        the included model.
         text (B, L, cond_width) -> keys, values, each (B, L, C)"""
         text = self.kv(F.silu(text))
         return self.attention.k(text), self.attention.v(text)
@@ -364,8 +367,8 @@ class Block(nn.Module):
 
 
 class BlockSequence(nn.ModuleList):
-    """`count` Blocks: all of Stage C, or one level of Stage B. The ResBlocks take `semantic_width` more channels, the
-    first one also `skip_channels`."""
+    """`count` Blocks: all of Stage C, or one level of Stage B. Each ResBlock takes `semantic_width` extra
+    channels, and the first one takes another `skip_channels`."""
 
     def __init__(self, count, channels, heads, cond_width, time_width, dropout, semantic_width=0, skip_channels=0):
         super().__init__(
@@ -385,8 +388,8 @@ class BlockSequence(nn.ModuleList):
         return x
 
     def scale_branches(self, total):
-        """At the start, scales the last Linear of each ResBlock by √(1/total), and makes each TimestepBlock the
-        identity."""
+        """Part of the initialisation: scales the weights of each ResBlock's last Linear by √(1/total), and makes each
+        TimestepBlock the identity."""
         for block in self:
             block.res.project.weight.data *= (1 / total) ** 0.5
             nn.init.zeros_(block.time.mapper.weight)
@@ -447,8 +450,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, ids, mask):
-        """Token plus position embeddings, the layers, the last LayerNorm. Attention is causal and ignores padding:
-        every position, padding included, attends only to those of the caption's own tokens that are not after it.
+        """Adds token and position embeddings, then applies the layers and the last LayerNorm. Attention is causal and
+        ignores padding: each position, padding included, attends only to the caption's own tokens up to that position.
         ids (B, L), mask (B, L): True for the caption's own tokens, False for padding -> (B, L, width)"""
         x = self.tokens(ids) + self.positions[: ids.shape[1]]                                        # (B, L, width)
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()  # (L, L)
@@ -472,15 +475,16 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_text(self, ids, mask):
-        """The projection of the end token's vector, scaled to length 1. Attention is causal: of the caption's tokens,
-        only the last, the end token, has seen all of it. ids and mask (N, L) -> unit vectors (N, width)"""
+        """The projection of the end token's vector, scaled to length 1. Attention is causal, so of
+        the caption's tokens only the last, the end token, has seen the whole caption.
+        ids and mask (N, L) -> unit vectors (N, width)"""
         end = mask.sum(dim=1) - 1
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
         return F.normalize(self.text_projection(text).float(), dim=-1)
 
     def image_features(self, images):
-        """images (B, H, W, 3) in [0, 1] -> features of the image's 3x3 parts (B, 9, features). Parts, not their mean:
-        a mean would not say where in the image something is."""
+        """images (B, H, W, 3) in [0, 1] -> features of the image's 3x3 parts (B, 9, features). The parts are
+        kept separate, because their mean would not say where in the image something is."""
         features = self.image(rescaled(images, self.rescale)).permute(0, 3, 1, 2)  # (B, features, hs, ws)
         parts = F.adaptive_avg_pool2d(features.cpu() if features.is_mps else features, 3)  # MPS can't pool 2 cells to 3
         return parts.flatten(2).mT.to(features.device)
@@ -500,9 +504,9 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(logits, ids):
-    """CLIP's loss: the mean of two cross-entropies. One is over all N captions, for each image; the other over the B
-    images, for each of the first B captions. If captions are identical, all of them (in the second: all their images)
-    count as right and share the target equally.
+    """CLIP's loss: the mean of two cross-entropies. The first classifies each image among all N captions. The second
+    classifies each of the first B captions among the B images. If captions are identical, all of them (in the second
+    cross-entropy, all their images) count as correct and share the target equally.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -548,9 +552,10 @@ class Quantizer(nn.Module):
     def forward(self, x):
         """x (B, h, w, C) -> quantized (B, h, w, C), codes (B, h, w) int64, loss: scalar
 
-        loss = mean (q − sg(x))² + 0.25·mean (x − sg(q))², sg: no gradient. The codebook moves towards the latents, and
-        the latents towards the codebook (commitment). The gradient of `quantized` goes straight through to x."""
-        with torch.autocast(x.device.type, enabled=False):  # nearest needs float32
+        loss = mean (q − sg(x))² + 0.25·mean (x − sg(q))², where sg stops the gradient. The first term moves the
+        codebook towards the latents; the second moves the latents towards the codebook (commitment). The gradient of
+        `quantized` goes straight through to x."""
+        with torch.autocast(x.device.type, enabled=False):  # finding the nearest entry needs float32
             codes = torch.cdist(x.detach().float().flatten(0, 2), self.codebook.detach().float()).argmin(dim=1)
         codes = codes.view(x.shape[:-1])
         quantized = F.embedding(codes, self.codebook)
@@ -605,8 +610,8 @@ class VQGAN(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN discriminator: one logit per patch. This is Paella's, which the authors use, without its sigmoid:
-    our adversarial loss is the hinge loss."""
+    """PatchGAN discriminator: one logit per patch. This is Paella's discriminator, which the
+    authors use, but without its sigmoid, because our adversarial loss is the hinge loss."""
 
     def __init__(self, depth, width):
         super().__init__()
@@ -662,8 +667,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Expand, depthwise 3x3, squeeze-excitation, project; `fused`: one full 3x3 convolution expands, and there is no
-    squeeze-excitation. In training, the branch is dropped with probability `drop` (stochastic depth)."""
+    """Expansion, depthwise 3x3 convolution, squeeze-excitation and projection. If `fused`, one full 3x3 convolution
+    does the expansion, and there is no squeeze-excitation. In training, the branch is dropped with probability `drop`
+    (stochastic depth)."""
 
     def __init__(self, c_in, c_out, expansion, stride, fused, drop):
         super().__init__()
@@ -793,8 +799,8 @@ class StageB(nn.Module):
         return self.predict_eps(x, t, self.encode_conditions(semantic, text, x.shape[1:3]))
 
     def encode_conditions(self, semantic, text, size):
-        """Everything that does not depend on x or t, computed once per image in sampling: for each level, the semantic
-        latents resized to the level's size and mapped, and the text's keys and values.
+        """Computes everything that does not depend on x or t; sampling does this once per image. The result holds, for
+        each level, the semantic latents, resized to the level's size and mapped, and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
         text, conditions, depth = self.text_norm(self.text_mapper(text)), [], len(self.down)  # (B, L, cond_width)
         levels = (*range(depth), *reversed(range(depth)))  # in the order they run: down, then up
@@ -810,8 +816,8 @@ class StageB(nn.Module):
         h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
         # The network does not output eps but a, the clean part of x, and b, the size of the noise in it; eps follows
         # from x = a + b·eps (the authors' parametrisation). The last layer starts at zero, so that a = 0, b = 1/2 and
-        # eps = 2·x: near t = 1, that has the right direction before any training. The loss sees only eps: nothing else
-        # makes a the clean part. The limits of b make the division safe.
+        # eps = 2·x. Near t = 1, this eps has the right direction even before training. The loss sees only eps, so
+        # nothing else makes a the clean part. b is kept away from zero, which makes the division safe.
         a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)  # (B, h, w, 4) each
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
@@ -845,7 +851,7 @@ class StageC(nn.Module):
     def __init__(self, config):
         super().__init__()
         cfg, self.time_width = config.c, config.time_width
-        # Semantic latents are normalised by these, which training measures, before Stage C sees them.
+        # Training measures these two. They normalise the semantic latents before Stage C sees them.
         self.register_buffer("latent_mean", torch.zeros(config.semantic_channels))
         self.register_buffer("latent_std", torch.ones(config.semantic_channels))
         self.text_mapper = nn.Sequential(nn.Linear(config.text_c.width, cfg.width), nn.LeakyReLU(0.2),
@@ -892,11 +898,12 @@ class StageC(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling know only eps. For
-# v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, halve the outputs of `out`, and let `predict_eps` return √ᾱ·v + √(1 − ᾱ)·x,
-# without a and b (ᾱ of shape (B, 1, 1, 1), as in `add_noise`), and train B, then C, in a new run. As (error of eps)² =
-# ᾱ·(error of v)², the weight 1 − ᾱ of the loss then means ᾱ·(1 − ᾱ) for v: for an unweighted loss of v, make it 1/ᾱ in
-# `diffusion_loss`. (`stage_b_loss` multiplies it by a factor of its own.)
+# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling use only eps. To
+# switch to v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, halve the number of outputs of `out`. Let `predict_eps` return
+# √ᾱ·v + √(1 − ᾱ)·x, without a and b (ᾱ has the shape (B, 1, 1, 1), as in `add_noise`). Then train B and after it C in a
+# new run. Because (error of eps)² = ᾱ·(error of v)², the loss weight 1 − ᾱ on eps is a weight of ᾱ·(1 − ᾱ) on v. For an
+# unweighted loss on v, change the weight in `diffusion_loss` to 1/ᾱ. (`stage_b_loss` multiplies the weight by a factor
+# of its own.)
 
 
 def alpha_bar(t):
@@ -917,8 +924,8 @@ def add_noise(x0, eps, t):
 
 
 def training_times(n, device):
-    """Random times to train at: uniform up to 1.081, then clamped, so that 7.5% of them are exactly 1, where sampling
-    begins. -> (n,)"""
+    """Random training times. They are uniform up to 1.081 and then clamped, so that 7.5% of them are exactly 1, the
+    time at which sampling begins. -> (n,)"""
     return ((1 - torch.rand(n, device=device)) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
@@ -1037,8 +1044,8 @@ STAGES = {  # the file in a run folder: the networks in it
 
 
 def add_negatives(prompts, negative):
-    """B prompts, then their negative prompts for the unconditional branch: one string for all, or B. The default, "",
-    is the null caption of training."""
+    """Appends to B prompts their negative prompts, for the unconditional branch. `negative` is one string for all
+    prompts, or a list of B. The callers' default, "", is the null caption used in training."""
     return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
 
 
@@ -1184,8 +1191,9 @@ class Wuerstchen(nn.Module):
 
     @classmethod
     def from_official(cls, folder, device="cpu", dtype=torch.float32):
-        """The published model, from local copies of the hub's snapshots `wuerstchen-prior`, `wuerstchen` and, where
-        images are to be compressed, `EfficientNetEncoder` in one folder; sizes are those of their configurations.
+        """Loads the published model from one folder with local copies of the hub's snapshots `wuerstchen-prior` and
+        `wuerstchen`, and also `EfficientNetEncoder` if you want to compress images. The sizes come from their
+        configurations.
         With a dtype other than float32, use the model under torch.autocast."""
         config = official_config({name: read_json(Path(folder) / place / "config.json")
                                   for name, place in OFFICIAL_FOLDERS.items() if name != "compressor"})
@@ -1304,8 +1312,9 @@ def sample_tokens(network, start, times, conditions, guidance=1.0, generator=Non
 
 
 def save_atomically(path, content):
-    """Writes a string (with torch.save, anything else) to a temporary file, then renames it: even if the process dies,
-    the file at `path` is complete, either the old or the new one. OSError if it can't be written."""
+    """Writes a string as text, or anything else with torch.save, to a temporary file, then renames the file. Even if
+    the process dies, the file at `path` is complete: either the old one or the new one. Raises OSError if the file
+    can't be written."""
     new = Path(f"{path}.new")
     try:
         if isinstance(content, str):
@@ -1328,7 +1337,7 @@ def load_file(path, **options):
 
 
 def load_state(part, state, path):
-    """Loads into a part the state read from a file. UserError if it does not fit."""
+    """Loads the state read from the file at `path` into a part of the model. Raises UserError if it does not fit."""
     try:
         part.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
