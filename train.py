@@ -423,8 +423,8 @@ class Run:
             yield images, list(map(pick, texts, rngs))
 
     def encode(self, encoder, captions, stage="b"):
-        """-> the encoded captions (B, L, width) and the encoded null caption (1, L, width). Each published stage has its
-        own tokenizer."""
+        """-> the encoded captions (B, L, width) and the encoded null caption (1, L, width). Published stages have their
+        own tokenizers."""
         tokenizer = self.model.tokenizer if stage == "c" else self.model.tokenizer_b
         text = encoder(*(x.to(self.device) for x in tokenizer([*captions, ""])))
         return text[:-1], text[-1:]
