@@ -93,7 +93,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name=None):
-    """One of DEVICES; "auto" and None: the best one available. UserError if the named one is not available."""
+    """Returns the named device; for "auto" and None, the best one available. name: one of DEVICES, or None. Raises
+    UserError if the named device is not available."""
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name in (None, "auto"):
         return found[0]
@@ -103,7 +104,7 @@ def pick_device(name=None):
 
 
 def print_machine(device, precision):
-    """Prints what this runs on, and returns it."""
+    """Prints a line that says what the script runs on, and returns that line."""
     name = f"{device} ({torch.cuda.get_device_name()})" if device == "cuda" else device
     print(line := f"PyTorch {torch.__version__} on {name}, {precision}, CPU threads: {torch.get_num_threads()}")
     return line
@@ -121,7 +122,7 @@ def latent_size_of(images):
 
 @torch.no_grad()
 def mix(model, images, prompt="", count=7, seed=0, **options):
-    """From one image to another: `count` images decoded from interpolated semantic latents, all with the same noise.
+    """Decodes `count` images from semantic latents interpolated between those of two images, all with the same noise.
     images (2, H, W, 3), seed: int -> (count, H, W, 3); the ends are what `model.reconstruct` makes of the two"""
     first, last = model.compress(images)
     between = torch.lerp(first, last, torch.linspace(0, 1, count, device=model.device).view(-1, 1, 1, 1))
@@ -146,9 +147,9 @@ def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(N
 
 
 def keep(known, mask, noise):
-    """For `after_step` of `sample`: where the mask (B, h, w, 1) is True, resets the latents to the known ones, noised
-    to the time reached. There, `fill` generates nothing (the idea of RePaint, Lugmayr et al., 2022, without
-    its resampling)."""
+    """Returns a function for `after_step` of `sample`. Where the mask (B, h, w, 1) is True, it resets the latents to
+    the known ones, noised to the time reached, so `fill` generates nothing there. (This is the idea of RePaint,
+    Lugmayr et al., 2022, without its resampling.)"""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
     return after_step

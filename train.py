@@ -116,8 +116,8 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 
 
 def noisy_conditions(compressor, resized, text, null_text):
-    """Stage B's conditions in training: the text and the semantic latents e. So that B can also generate without either
-    of them, and tolerate the errors in Stage C's e, training changes both:
+    """Stage B's conditions in training: the text and the semantic latents e. Training changes both, so that B can
+    also generate without either of them and tolerate the errors in Stage C's e:
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
         e: noised at a random time in [0, 0.5] for 10% of the images that have a caption (the authors: in 30%
@@ -200,7 +200,7 @@ def bernoulli_mask(p, x):
 class Muon(torch.optim.Optimizer):
     """Momentum with all singular values of the update brought near 1 (Jordan et al., 2024); for matrices only. All
     stages need far fewer steps with it. torch.optim.Muon always multiplies in bfloat16; a CPU without bfloat16
-    emulates it at a fortieth of float32's speed. Here, `dtype` sets the precision, and `orthogonal` takes three steps
+    emulates it, 40 times slower than float32. Here, `dtype` sets the precision, and `orthogonal` takes three steps
     instead of five. Matrices of equal shape are updated together, which is faster."""
 
     def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
@@ -453,8 +453,8 @@ class Run:
                 if not texts:  # the first batch
                     needed, free = steps * sum(x.nbytes for x in found.values()), shutil.disk_usage(folder).free
                     if needed > free:
-                        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: give "
-                                        "a smaller --cache")
+                        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free: "
+                                        "give a smaller --cache")
                     for key, x in found.items():
                         files[key] = open(folder / f"{key}.npy", "wb")
                         np.lib.format.write_array_header_1_0(files[key], dict(
@@ -504,7 +504,7 @@ def mirror(image, text):
 
 def train_tokenizer(captions, config):
     """Learns byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice. The
-    tokenizer then reads as many tokens as the longest of these captions has, at most the preset's `length`."""
+    tokenizer's length is then set to that of the longest of these captions, but at most to the preset's `length`."""
     tokenizer = Tokenizer.train(captions, config.text_c.vocab_size - 514)  # bytes, bytes that end a word, start, end
     tokenizer.length = min(config.text_c.length, 2 + max(len(tokenizer.encode(one)) for one in set(captions)))
     return tokenizer
@@ -522,7 +522,7 @@ def words_between(captions):
 
 
 def words_read(caption, tokenizer):
-    """The words of a caption that fit into the tokens that the text encoder reads -> str"""
+    """The first words of a caption, as many as fit into the text encoder's input -> str"""
     if not tokenizer.overflow(caption):
         return caption
     words = caption.split()[:tokenizer.length]
@@ -532,7 +532,7 @@ def words_read(caption, tokenizer):
 
 def hard_negatives(caption, between, rng):
     """Captions close to the real one, but nearly always wrong: one with a word replaced, one with two words swapped. A
-    word is placed only between neighbours that it has in some training caption (`words_between`). Random swaps would
+    word is put between two others only if some training caption has it there (`words_between`). Random swaps would
     mostly be ungrammatical, and the text encoder could reject them without seeing the image. A wrong caption that is
     `reserved` for testing is left out, so that Shapes' test captions stay unseen. With other data sets, this merely
     loses one wrong caption in sixteen.
@@ -576,8 +576,8 @@ def train_text(run):
 
 def train_a(run):
     """Trains the VQGAN on small crops. At the presets' image sizes, they add up to a quarter of each image. The VQGAN's
-    receptive field is small, so crops are enough; they also have more border for their size. Borders must be learned
-    separately: there, a transposed convolution sums only half of its terms, and in a corner only a quarter. The
+    receptive field is small, so crops are enough. Borders must be learned separately: there, a transposed convolution
+    sums only half of its terms, and in a corner only a quarter. Crops help here: more of their area is border. The
     discriminator joins for the last quarter of the steps, when the images are good enough to be refined."""
     cfg, steps, size = run.model.config.a, run.recipe("a").steps, run.model.config.image_size
     side = max(32, size // 4)
@@ -628,7 +628,7 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 @torch.no_grad()
 def set_scale(run):
     """Stage B's latents are divided by 2.4 times their standard deviation. Noise then hides large shapes over a wider
-    range of times, and B learns to take their place and colour from the semantic latents. In images below 128 px,
+    range of times, and B learns to read their position and colour from the semantic latents. In images below 128 px,
     shapes cover fewer latents, so noise hides them sooner anyway: there, 2.4 is reduced in proportion to the side."""
     images, _ = examples(run.train_data, 256)
     deviation = torch.cat([run.model.a.encode(some.to(run.device)) for some in images.split(32)]).std()
@@ -683,8 +683,8 @@ def init_mapper(compressor, batches):
 
 
 def train_c(run):
-    """Trains Stage C on semantic latents that are computed once. Its text encoder is trained with it: ours has seen few
-    captions, and if it stays frozen, fewer images come out right. --freeze-text freezes it anyway, as in the paper."""
+    """Trains Stage C on semantic latents that are computed once. Its text encoder is trained too, since ours has seen
+    few captions. If it stays frozen, fewer images come out right. --freeze-text freezes it anyway, as in the paper."""
     model, frozen = run.model, run.args.freeze_text
     if not run.pretrained:
         model.text_c = copy.deepcopy(model.text_b)
@@ -1022,9 +1022,9 @@ def can_load(path):
 
 
 def list_images(folder, coco, left_out):
-    """The images in a folder that have captions: in a .txt file of the same name, one per line; in metadata.csv or
-    metadata.jsonl (file_name, and text or caption); if `coco`, in annotations/captions_*.json; in a sub-folder where no
-    image has any of these, the sub-folder's name.
+    """The images in a folder that have captions. Captions come from a .txt file of the same name, one per line; from
+    metadata.csv or metadata.jsonl (file_name, and text or caption); or, if `coco`, from annotations/captions_*.json.
+    In a sub-folder where no image has any of these, the sub-folder's name is the caption.
     -> {path: captions}, the paths that captions_val*.json names, and a summary of the counts in words"""
     def text_of(file):
         try:
@@ -1274,10 +1274,11 @@ def computing(device, precision, plain):
 
 
 def parse_args(argv=None):
-    """Each option of a command has the value given; else the value saved in the run; else what suits the data set."""
+    """Each option takes the value given in the command; if none is given, the value saved in the run; otherwise, one
+    that suits the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
                                      "remembers " + ", ".join(SAVED) + ". An unfinished stage also remembers its "
-                                     "steps, batch size and learning rate, but later stages do not take them over. "
+                                     "steps, batch size and learning rate, but later stages do not inherit them. "
                                      "Give all other options again with each command.")
     add, positive = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
@@ -1297,8 +1298,8 @@ def parse_args(argv=None):
     add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
     add("--batch-size", type=number(int, 2, 10**6), help="images per step; the preset's recipe if not given")
     add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
-    add("--cache", type=positive, help="number of training images for Stages B and C, whose latents are computed once "
-        "(default: all; of Shapes, 16,384)")
+    add("--cache", type=positive, help="train Stages B and C on this many images, whose latents are computed once "
+        "(default: all; for Shapes, 16,384)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (default: %(default)s)")
     add("--device", choices=DEVICES, help="default: auto, the best available")
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
@@ -1396,7 +1397,7 @@ def main(argv=None):
             print(f"stage {stage}: already trained")
             continue
         begun = time.time()
-        torch.manual_seed(args.seed)  # a stage comes out the same alone and as part of `all`
+        torch.manual_seed(args.seed)  # a stage gives the same result alone or as part of `all`
         run.pretrained = bool(args.init_from) and path.exists()
         run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(run.device)
         TRAIN[stage](run)
