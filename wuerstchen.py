@@ -141,9 +141,9 @@ class Config:
 
     def grid(self, height, width):
         """Latent sizes for an image of height x width pixels, rounded as in the published model. There is one semantic
-        cell per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up. There are
-        as many of Stage A's latents per cell as in training, rounded to a multiple of `stride` // 4, as B's
-        down-sampling needs.
+        cell per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up. Each cell
+        has as many of Stage A's latents as in training. Their number per side is then rounded to a multiple of
+        `stride` // 4, because B's down-sampling requires it.
         -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
@@ -475,8 +475,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_text(self, ids, mask):
-        """The projection of the end token's vector, scaled to length 1. Attention is causal, so of
-        the caption's tokens only the last, the end token, has seen the whole caption.
+        """The projection of the end token's vector, scaled to length 1. Attention is causal, so the end
+        token, the last one, is the only token of the caption that has seen all of it.
         ids and mask (N, L) -> unit vectors (N, width)"""
         end = mask.sum(dim=1) - 1
         text = self.text(ids, mask)[torch.arange(len(ids), device=ids.device), end]
@@ -505,8 +505,8 @@ class CLIP(nn.Module):
 
 def contrastive_loss(logits, ids):
     """CLIP's loss: the mean of two cross-entropies. The first classifies each image among all N captions. The second
-    classifies each of the first B captions among the B images. If captions are identical, all of them (in the second
-    cross-entropy, all their images) count as correct and share the target equally.
+    classifies each of the first B captions among the B images. In the first, identical captions all count as correct
+    and share the target equally. In the second, the images of identical captions do.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -632,12 +632,13 @@ class Discriminator(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Semantic compressor: EfficientNetV2 (Tan and Le, 2021) and a mapper to 16 channels (sections 3.1 and 3.4).
-# Its blocks are ordinary NCHW layers, as BatchNorm2d needs; input and output are (B, H, W, C) as everywhere.
+# Its blocks are ordinary NCHW layers, because BatchNorm2d requires that order. Input and output are (B, H, W, C), as
+# everywhere else.
 
 
 class DepthwiseConv(nn.Conv2d):
-    """On a CPU, this stays in float32: in bfloat16, the backward pass of a strided one takes ten times as long,
-    which amounts to 15% of a training step of Stage B."""
+    """A depthwise convolution that stays in float32 on a CPU. In bfloat16, the backward pass of a strided one takes
+    ten times as long there, which amounts to 15% of a training step of Stage B."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -816,8 +817,8 @@ class StageB(nn.Module):
         h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
         # The network does not output eps but a, the clean part of x, and b, the size of the noise in it; eps follows
         # from x = a + b·eps (the authors' parametrisation). The last layer starts at zero, so that a = 0, b = 1/2 and
-        # eps = 2·x. Near t = 1, this eps has the right direction even before training. The loss sees only eps, so
-        # nothing else makes a the clean part. b is kept away from zero, which makes the division safe.
+        # eps = 2·x. Near t = 1, this eps has the right direction even before training. The loss sees only eps, so it
+        # does not directly train a to be the clean part. b is kept away from zero, which makes the division safe.
         a, b = depth_to_space(h, self.cfg.patch).chunk(2, dim=-1)  # (B, h, w, 4) each
         b = b.float().sigmoid() * (1 - 2e-3) + 1e-3
         return (x - a) / b
@@ -963,9 +964,9 @@ def ddim_step(x, eps, t, t_next):
 
 
 def random_numbers(draw, shape, generator, device):
-    """Numbers (B, ...) by `draw` (torch.rand or torch.randn), drawn on the generator's device, so that a seed gives the
-    same numbers on every device. generator: one for the batch (None: PyTorch's own), or a list of B, one per image,
-    which makes an image independent of the rest of the batch."""
+    """Random numbers (B, ...) from `draw` (torch.rand or torch.randn). They are drawn on the generator's device, so
+    that a seed gives the same numbers on every device. generator: one for the batch (None: PyTorch's own), or a list
+    of B, one per image, which makes an image independent of the rest of the batch."""
     if isinstance(generator, list):
         return torch.cat([random_numbers(draw, (1, *shape[1:]), one, device) for one in generator])
     return draw(shape, generator=generator, device=generator.device if generator else device).to(device)
@@ -1044,7 +1045,7 @@ STAGES = {  # the file in a run folder: the networks in it
 
 
 def add_negatives(prompts, negative):
-    """Appends to B prompts their negative prompts, for the unconditional branch. `negative` is one string for all
+    """Appends the negative prompts to the B prompts, for the unconditional branch. `negative` is one string for all
     prompts, or a list of B. The callers' default, "", is the null caption used in training."""
     return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
 
@@ -1079,8 +1080,8 @@ class Wuerstchen(nn.Module):
         return timesteps(self.config.steps[0 if stage == "c" else 1] if steps is None else steps, self.device)
 
     def compress(self, images):
-        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16). UserError if a side is not a multiple of
-        `config.stride`, or if the published compressor was not there to load."""
+        """images (B, H, W, 3) in [0, 1] -> semantic latents (B, hs, ws, 16). Raises UserError if a side is not a
+        multiple of `config.stride`, or if the model was loaded without the published compressor."""
         H, W = images.shape[1:3]
         if H % self.config.stride or W % self.config.stride:
             raise UserError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
@@ -1228,8 +1229,9 @@ class SkipFirstResBlock(ResBlock):
 
 
 class TokenStageB(StageB):
-    """Stage B of the paper's first version: instead of eps in latents, it predicts Stage A's codes ("tokens"), of which
-    a share t has been replaced by random ones. It sees the semantic latents through attention only, with the text."""
+    """Stage B of the paper's first version. It predicts Stage A's codes ("tokens") instead of eps in latents. In its
+    input, a share t of the codes has been replaced by random ones. It sees the semantic latents only through
+    attention, together with the text."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1259,7 +1261,8 @@ class TokenStageB(StageB):
         return self.predict_logits(codes, t, self.encode_conditions(semantic, text, codes.shape[1:3]))
 
     def encode_conditions(self, semantic, text, size):
-        """The semantic latents' cells and the text as one sequence, hs·ws + L long; per level, its keys and values"""
+        """Joins the semantic latents' cells and the text into one sequence of length hs·ws + L. -> per level, the
+        sequence's keys and values"""
         cells = self.semantic_mapper(semantic).flatten(1, 2)
         text = self.text_norm(torch.cat([cells, self.text_mapper(text)], dim=1))
         return [(None, blocks.keys_values(text)) for blocks in (*self.down, *self.up)]
@@ -1278,8 +1281,8 @@ def replace_tokens(codes, others, t, generator=None):
 
 
 def token_loss(logits, codes, replaced, t):
-    """Each image's mean of the cross-entropy with label smoothing of 0.1, weighted by 1 where a token was replaced and
-    by 0.3 + 0.7·t elsewhere.
+    """Each image's weighted mean of the cross-entropy with label smoothing of 0.1. The weight is 1 where a token was
+    replaced and 0.3 + 0.7·t elsewhere.
     logits (B, h, w, codebook_size), codes: the clean ones (B, h, w), replaced: bool (B, h, w), t (B,) -> (B,)"""
     errors = F.cross_entropy(logits.float().flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="none")
     errors = errors.view_as(codes)
@@ -1348,7 +1351,7 @@ OFFICIAL_FOLDERS = {"text_c": "wuerstchen-prior/text_encoder", "c": "wuerstchen-
                     "text_b": "wuerstchen/text_encoder", "b": "wuerstchen/decoder", "a": "wuerstchen/vqgan",
                     "compressor": "EfficientNetEncoder"}
 
-# What to replace in our names, in turn, to get theirs (regular expressions).
+# Regular expressions and their replacements. Applied in this order, they turn our names into the hub's names.
 TEXT_NAMES = {"^tokens": "embeddings.token_embedding", "^positions": "embeddings.position_embedding.weight",
               "^layers": "encoder.layers", "norm([12])": r"layer_norm\1", r"attention\.([qkv])": r"self_attn.\1_proj",
               "attention.out": "self_attn.out_proj", "expand": "mlp.fc1", "project": "mlp.fc2",
@@ -1400,7 +1403,8 @@ def official_name(part, name, config):
 
 
 def official_config(c):
-    """Our sizes from the snapshots' {"text_c", "text_b", "a", "b", "c"}: config.json as a dictionary -> Config"""
+    """Converts the sizes in the snapshots' config.json files to ours. c: {name: the file as a dictionary} for
+    "text_c", "text_b", "a", "b" and "c" -> Config"""
     text_c, text_b = (TextConfig(vocab_size=d["vocab_size"], length=d["max_position_embeddings"],
                                  width=d["hidden_size"], depth=d["num_hidden_layers"], heads=d["num_attention_heads"],
                                  mlp_width=d["intermediate_size"]) for d in (c["text_c"], c["text_b"]))
@@ -1416,8 +1420,8 @@ def official_config(c):
 
 
 def load_official(model, part, weights):
-    """Gives one network of a model the hub's weights {official name: tensor}. RuntimeError from PyTorch names tensors
-    that are missing, unexpected or of another shape."""
+    """Loads the hub's weights {official name: tensor} into one network of a model. If tensors are missing, unexpected
+    or of the wrong shape, PyTorch raises a RuntimeError that names them."""
     network, config = getattr(model, part), model.config
     ours, found = network.state_dict(), {}
     weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()  # as older files have them

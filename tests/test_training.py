@@ -296,7 +296,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(micro, tmp_path, monkey
         log.write('5\n{"stage": "te')  # the chart leaves out such lines
     train.main(["text", "--run", str(folder), *FEW])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 9000))
-    with pytest.raises(train.UserError, match="0.0 GB are free: give a smaller --cache"):
+    with pytest.raises(train.UserError, match="only 0.0 GB is free: give a smaller --cache"):
         train.main(["b", "--run", str(folder), *FEW])
 
 

@@ -23,8 +23,9 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # A piece is an English contraction, a run of letters, one digit, or a run of other characters. Spaces are dropped.
 PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
-# In the tokenizer's files and symbols, each byte is one visible character, as in GPT-2. A byte that Latin-1 shows as a
-# visible character is that character ("a", "é"). The others (space, control codes) get the characters from U+0100 on.
+# In the tokenizer's files and symbols, each byte is written as one visible character, as in GPT-2. If a byte is a
+# visible character in Latin-1, that character is used ("a", "é"). The others (space, control codes) get the
+# characters from U+0100 on.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 INVISIBLE = [byte for byte in range(256) if byte not in VISIBLE]
 SYMBOL = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(0x100 + i) for i, byte in enumerate(INVISIBLE)}
@@ -104,11 +105,11 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], merges: int = 400, length: int = 77) -> "Tokenizer":
         """Learn merges: again and again, merge the pair of neighbours that is most frequent in the captions.
 
-        Pairs are counted within pieces (of `split` with repair; START and END are left out); "aaa" holds (a, a) twice.
+        Pairs are counted within the pieces of `split` with repair, without START and END. "aaa" holds (a, a) twice.
         If two pairs are equally frequent, the one that sorts first wins, so the order of the captions does not matter.
-        Training stops after `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, the merged
-        symbols as they were learned, START and END, each once; the tokenizer has repair=True and the pieces as `seen`.
-        TypeError if the captions are one str.
+        Training stops after `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, then the
+        merged symbols in the order in which they were learned, then START and END, each token once. The tokenizer has
+        repair=True, and its `seen` holds the pieces. Raises TypeError if `captions` is a single str.
 
         >>> list(Tokenizer.train(["low low lot", "lot low"]).ranks)
         [('l', 'o'), ('lo', 'w</w>'), ('lo', 't</w>')]
@@ -156,8 +157,8 @@ class Tokenizer:
         return cls(read_json(folder / "vocab.json"), merges, length, pad_token, config.get("repair", False), seen)
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, which CLIPTokenizer of `transformers` can read too;
-        and seen.txt."""
+        """Write vocab.json, merges.txt and tokenizer_config.json, which CLIPTokenizer of `transformers` can also read.
+        Write seen.txt too, unless `seen` is None."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, "pad_token": self.pad_token,
@@ -193,7 +194,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Ids (a list or a 1-D tensor) -> text, without START, END and the padding after END.
 
-        The ids do not tell where the text had spaces, so every piece gets one: "It's red!" comes back as "it 's red !".
+        The ids do not show where the text had spaces, so a space is put between all pieces: "It's red!" comes back as
+        "it 's red !".
         """
         ids = [int(i) for i in ids]
         end = ids.index(self.end_id) if self.end_id in ids else len(ids)
