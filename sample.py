@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from tokenizer import UserError
-from wuerstchen import Wuerstchen, add_noise, generators, normal_noise
+from wuerstchen import Wuerstchen, add_noise, generators, latent_size_of, normal_noise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images in and out. train.py uses these too.
@@ -113,11 +113,6 @@ def print_machine(device, precision):
 # ----------------------------------------------------------------------------------------------------------------------
 # What else the three stages can do. model: Wuerstchen; images (B, H, W, 3) in [0, 1], sides multiples of
 # `model.config.stride`; prompts: list of B; seed: as in `Wuerstchen.generate`. All return images in this form.
-
-
-def latent_size_of(images):
-    """The size (h, w) of Stage A's latents."""
-    return [side // 4 for side in images.shape[1:3]]
 
 
 @torch.no_grad()

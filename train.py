@@ -21,8 +21,8 @@ authors' training. A run writes these files to its folder:
     sheets/, curves.png         images that show the progress, and a chart of the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
-Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, charts
-and the command line.
+Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, charts and the command
+line.
 """
 
 import argparse
@@ -120,8 +120,8 @@ def noisy_conditions(compressor, resized, text, null_text):
     also generate without either of them and tolerate the errors in Stage C's e:
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
-        e: noised at a random time in [0, 0.5] for 10% of the images that have a caption (the authors: in 30%
-           of the batches, whether or not captions are dropped); after that, zeroed for 5% of all images
+        e: noised at a random time in [0, 0.5] for 10% of the images that keep their caption (the authors: in
+           30% of the batches, whether or not captions are dropped); after that, zeroed for 5% of all images
 
     Each choice has a `bernoulli_mask` of its own.
 

@@ -1050,6 +1050,11 @@ def add_negatives(prompts, negative):
     return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
 
 
+def latent_size_of(images):
+    """The size (h, w) of Stage A's latents for images (B, H, W, 3)."""
+    return [side // 4 for side in images.shape[1:3]]
+
+
 class Wuerstchen(nn.Module):
     """The whole system: text encoders, Stage C, Stage B, Stage A and the compressor."""
 
@@ -1151,8 +1156,7 @@ class Wuerstchen(nn.Module):
         [0, 1], sides multiples of `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those
         of `from_semantic`
         -> the first (stride 4, quantized) and the second, both like images"""
-        size = [side // 4 for side in images.shape[1:3]]
-        from_b = self.from_semantic(self.compress(images), prompts or [""] * len(images), size,
+        from_b = self.from_semantic(self.compress(images), prompts or [""] * len(images), latent_size_of(images),
                                     generator=generators(seed, len(images)), **options)
         return self.a(images)[0].float().clamp(0, 1), from_b
 
@@ -1194,8 +1198,7 @@ class Wuerstchen(nn.Module):
     def from_official(cls, folder, device="cpu", dtype=torch.float32):
         """Loads the published model from one folder with local copies of the hub's snapshots `wuerstchen-prior` and
         `wuerstchen`, and also `EfficientNetEncoder` if you want to compress images. The sizes come from their
-        configurations.
-        With a dtype other than float32, use the model under torch.autocast."""
+        configurations. With a dtype other than float32, use the model under torch.autocast."""
         config = official_config({name: read_json(Path(folder) / place / "config.json")
                                   for name, place in OFFICIAL_FOLDERS.items() if name != "compressor"})
         with torch.device("meta"):  # no memory yet: the weights read are assigned

@@ -169,7 +169,8 @@ def test_an_endless_loop_is_wrong(monkeypatch, capsys):
 
 
 def test_folders_and_numbers_that_are_wrong(tmp_path, capsys):
-    for arguments, message in ((["start", "3", "--to", str(tmp_path)], "must be a new"), (["start", "3"], "--to"),
+    outside = "--to DIR must be a new folder outside the project"
+    for arguments, message in ((["start", "3", "--to", str(tmp_path)], outside), (["start", "3"], outside),
                                (["start", "3", "--to", str(lab.HERE / "lab")], "outside"), (["check", "99"], "1 to 14"),
                                (["x"], "list")):
         with pytest.raises(SystemExit):
