@@ -440,7 +440,7 @@ class Run:
         complete = folder / "captions.json"  # written last
         newest = max((self.folder / file).stat().st_mtime for file in (made_from, "options.json"))
         if not complete.exists() or complete.stat().st_mtime < newest:
-            files, texts = {}, []
+            arrays, texts = {}, []
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             count = len(self.train_data.items) if isinstance(self.train_data, Images) else math.inf
@@ -450,20 +450,17 @@ class Run:
                     images, own = torch.cat([images, torch.stack([*map(mirror, images, own)])]), 2 * own
                 with torch.no_grad(), self.autocast():
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
-                if not texts:  # the first batch
+                if not arrays:  # the first batch
                     needed, free = steps * sum(x.nbytes for x in found.values()), shutil.disk_usage(folder).free
                     if needed > free:
                         raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free: "
                                         "give a smaller --cache")
-                    for key, x in found.items():
-                        files[key] = open(folder / f"{key}.npy", "wb")
-                        np.lib.format.write_array_header_1_0(files[key], dict(
-                            descr=x.dtype.str, fortran_order=False, shape=(steps * len(x), *x.shape[1:])))
+                    arrays = {key: np.lib.format.open_memmap(folder / f"{key}.npy", "w+", x.dtype,
+                                                             (steps * len(x), *x.shape[1:]))
+                              for key, x in found.items()}
                 for key, x in found.items():
-                    files[key].write(x.tobytes())
+                    arrays[key][len(texts):len(texts) + len(x)] = x
                 texts += own
-            for file in files.values():
-                file.close()
             save_atomically(complete, json.dumps(texts))
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         return arrays | {"captions": read_json(complete)}
@@ -1150,10 +1147,10 @@ def examples(data, count, start=0):
 # Charts and the report.
 
 
-def plot(curves, x_label, y_label, log=False, dashed=None):
+def plot(curves, x_label, y_label, log=False, circles=None):
     """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0;
-    dashed: more curves under the same labels, to be dashed, or None."""
-    chart, dashed = Image.new("RGB", (640, 360), "white"), dashed or {}
+    circles: more points under the same labels, to be drawn as circles, or None."""
+    chart, circles = Image.new("RGB", (640, 360), "white"), circles or {}
     pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
 
     def axis(values, start, end, log):
@@ -1167,7 +1164,7 @@ def plot(curves, x_label, y_label, log=False, dashed=None):
         return lambda v: start + (scale(v) - scale(low)) / span * (end - start), [v for v in ticks if low <= v <= high]
 
     (to_x, x_ticks), (to_y, y_ticks) = (
-        axis([p[i] for curve in (*curves.values(), *dashed.values()) for p in curve], start, end, log and i == 1)
+        axis([p[i] for curve in (*curves.values(), *circles.values()) for p in curve], start, end, log and i == 1)
         for i, (start, end) in enumerate(((left, right), (bottom, top))))
     for v in x_ticks:
         pen.line([(to_x(v), top), (to_x(v), bottom)], "#dddddd")
@@ -1179,22 +1176,18 @@ def plot(curves, x_label, y_label, log=False, dashed=None):
     pen.text((left, 4), y_label, "black")
     colours = itertools.cycle(("#d7301f", "#2b6cb0", "#2f855a", "#b7791f", "#6b46c1", "#444444"))
     for i, ((label, curve), colour) in enumerate(zip(curves.items(), colours)):
-        for some, pieces in ((curve, 2), (dashed.get(label, ()), 10)):
-            points = np.array([(to_x(x), to_y(y)) for x, y in some])
-            for start, end in zip(points, points[1:]):
-                dashes = np.linspace(start, end, pieces)
-                for a, b in zip(dashes[::2], dashes[1::2]):
-                    pen.line([*a, *b], colour, 2)
-            for x, y in points if len(points) < 30 else ():
-                pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        line, others = ([(to_x(x), to_y(y)) for x, y in some] for some in (curve, circles.get(label, ())))
+        pen.line(line, colour, 2)
+        for x, y in others:
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], "white", colour)
         pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
         pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
     return chart
 
 
 def plot_losses(folder):
-    """Plots the losses of all stages to curves.png, those of test images dashed; at most 50 points per curve, each the
-    mean of several log lines."""
+    """Plots the losses of all stages to curves.png, those of test images as circles; at most 50 points per curve, each
+    the mean of several log lines."""
     losses, test_losses = {}, {}
     for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
         for curves, key in ((losses, "loss"), (test_losses, "test_loss")) if isinstance(line, dict) else ():
@@ -1206,7 +1199,7 @@ def plot_losses(folder):
     losses, test_losses = (
         {stage: [np.mean(some, axis=0).tolist() for some in np.array_split(curve, min(50, len(curve)))]
          for stage, curve in curves.items() if curve} for curves in (losses, test_losses))
-    plot(losses, "step", "loss (dashed: test images)", log=True, dashed=test_losses).save(folder / "curves.png")
+    plot(losses, "step", "loss (circles: test images)", log=True, circles=test_losses).save(folder / "curves.png")
 
 
 def peak_memory(device):

@@ -306,7 +306,7 @@ def steps(args):
                 curves.setdefault(f"{name}, {sampler}", []).append((n, 100 * check_all(out, captions)["whole"]))
     write(OUT / "steps", {"whole captions, % (steps of B: 1, 2, 4, 8, 12)": {
         name: [round(y, 1) for _, y in curve] for name, curve in curves.items()}},
-        train.plot(curves, "steps of B", "captions fully correct, %"))
+        train.plot(curves, "steps of B", "captions fully correct, %", circles=curves))
 
 
 def upsampling(args):

@@ -175,10 +175,11 @@ def baseline(args):
         train_baseline(start_run(args, "baseline", ("text.pt", "a.pt")), args.steps or 4000)
     curves = {"C on a trained B": c, "B, then C": [(b_seconds + seconds, found) for seconds, found in c],
               "one U-Net": unet}
+    points = {name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
+              for name, curve in curves.items()}
     write(OUT / "baseline",
           {name: [{"seconds": seconds, **found} for seconds, found in curve] for name, curve in curves.items()},
-          train.plot({name: [(seconds / 60, 100 * found["whole"]) for seconds, found in curve]
-                      for name, curve in curves.items()}, "minutes of training steps", "captions fully correct, %"))
+          train.plot(points, "minutes of training steps", "captions fully correct, %", circles=points))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

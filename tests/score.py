@@ -339,7 +339,7 @@ def sweep(model, args):
     if judge.shapes:
         curves = {name: [(value, 100 * row["whole"]) for value, row in table.items()] for name, table in tables.items()}
         path = Path(args.out).with_suffix(".chart.png")
-        plot(curves, "guidance scale, or steps", "captions fully correct, %").save(path)
+        plot(curves, "guidance scale, or steps", "captions fully correct, %", circles=curves).save(path)
         print(f"wrote {path}")
     finish(judge, args, "sweep.json", tables)
 
