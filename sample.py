@@ -5,7 +5,7 @@ Generates images with a trained model:
     python sample.py "a red star" "a green cross above a pink circle" --count 4 --seed 7 --out grid.png
     python sample.py "a photo of a fox" --official DIR    with the published weights, from a copy of their snapshots
     python sample.py "a red star" --film film.gif         and an animation of Stage C's steps
-    python sample.py --reconstruct photo.png              what Stage A (stride 4) and Stage B (42x smaller) keep of it
+    python sample.py --reconstruct photo.png              what is left of it after Stage A (4x smaller) and B (42x)
     python sample.py --vary photo.png                     the same semantic latents, decoded by Stage B with new noise
     python sample.py --mix a.png b.png                    interpolates between the semantic latents of two images
     python sample.py --redraw photo.png "a red star" --strength 0.6
@@ -112,7 +112,7 @@ def print_machine(device, precision):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What else the three stages can do. model: Wuerstchen; images (B, H, W, 3) in [0, 1], sides multiples of
-# `model.config.stride`; prompts: list of B; seed: as in `Wuerstchen.generate`. All return images in this form.
+# `model.config.stride`; prompts: list of B; seed: as in `Wuerstchen.generate`. All return such images; `film`, a list.
 
 
 @torch.no_grad()
@@ -142,9 +142,9 @@ def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(N
 
 
 def keep(known, mask, noise):
-    """Returns a function for `after_step` of `sample`. Where the mask (B, h, w, 1) is True, it resets the latents to
-    the known ones, noised to the time reached, so `fill` generates nothing there. (This is the idea of RePaint,
-    Lugmayr et al., 2022, without its resampling.)"""
+    """Returns a function for `after_step` of `sample`. Where `mask` (B, h, w, 1) is True (here: keep), it resets the
+    latents to the known ones, noised to the time reached, so `fill` generates nothing there. (This is the idea of
+    RePaint, Lugmayr et al., 2022, without its resampling.)"""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
     return after_step
@@ -153,9 +153,9 @@ def keep(known, mask, noise):
 @torch.no_grad()
 def fill(model, images, masks, prompts, steps=(None, None), guidance=(None, None), seed=None, **options):
     """Generates the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool,
-    True where to generate; a latent is generated if any of its pixels is masked. prompts describe the whole images."""
+    True for pixels to generate; a latent is generated if any of its pixels is masked. prompts describe whole images."""
     if model.config.b.token_width:
-        raise UserError("--fill needs a Stage B that works on latents, not on tokens")
+        raise UserError("--fill needs a Stage B that works on latents, not on codes (--tokens)")
     options["generator"] = generators(seed, len(images))
     semantic, latents = model.c.normalise(model.compress(images)), model.a.encode(images) / model.a.scale
     kept_c, kept_b = (F.adaptive_max_pool2d(masks[:, None].float().cpu(), x.shape[1:3]).movedim(1, -1).to(x.device) == 0
@@ -253,7 +253,7 @@ def parse_args(argv=None):
     add("--steps-b", help="diffusion steps of Stage B (default: the run's)", type=number(int, 1, 10_000))
     add("--cfg", help="classifier-free guidance scale of Stage C; 1 means no guidance (default: the run's)",
         type=number(float, 0, 100))
-    add("--cfg-b", help="the same scale of Stage B", type=number(float, 0, 100))
+    add("--cfg-b", help="guidance scale of Stage B (default: the run's)", type=number(float, 0, 100))
     add("--sampler", help="ddim adds no noise between steps (default: ddpm)", default="ddpm", choices=("ddpm", "ddim"))
     add("--device", help="default: auto, the best available", choices=DEVICES)
     add("--strength", help="how much noise --redraw adds: 0 only reconstructs the image, 1 ignores it (default: 0.6)",

@@ -16,7 +16,7 @@ authors' training. A run writes these files to its folder:
     text.pt a.pt b.pt c.pt      finished stages, as `Wuerstchen.load` reads them: the averaged (EMA) weights
     clip.pt                     the whole contrastive model, which tests/score.py uses
     STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
-    metrics.jsonl               a line every few steps: loss (in B and C also by quarter of the time: loss_0, ...,
+    metrics.jsonl               a line every few steps: loss (in B and C also by quarter of t's range: loss_0, ...,
                                 loss_75), learning rate, images per second; at checkpoints, the loss on test images
     sheets/, curves.png         images that show the progress, and a chart of the losses
     report.md                   the machine; the time, memory and last losses of each stage
@@ -90,7 +90,8 @@ RECIPES = {
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses of Stages A, B and C. The text encoder's is `contrastive_loss`.
+# The losses of Stages A, B and C. The text encoder's is `contrastive_loss` in wuerstchen.py; B's and C's call
+# `diffusion_loss` there.
 
 
 def vqgan_loss(vqgan, discriminator, images, adversarial):
@@ -117,7 +118,7 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 
 def noisy_conditions(compressor, resized, text, null_text):
     """Stage B's conditions in training: the text and the semantic latents e. Training changes both, so that B can
-    also generate without either of them and tolerate the errors in Stage C's e:
+    also generate when one or both are missing, and tolerate the errors in Stage C's e:
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
         e: noised at a random time in [0, 0.5] for 10% of the images that keep their caption (the authors: in
@@ -143,9 +144,9 @@ def noisy_conditions(compressor, resized, text, null_text):
 
 def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
     """Stage B's and the compressor's loss (appendix E.2): diffusion_loss of eps in noised latents, given the text
-    and the semantic latents e as `noisy_conditions` gives them. Two changes make it learn to use e sooner:
+    and the semantic latents e as `noisy_conditions` gives them. Two changes make B learn to use e sooner:
 
-        most times are near 0.6: t = σ(0.5 + normal noise) (the authors': `training_times`)
+        most times are near 0.6: t = sigmoid(0.5 + normal noise) (the authors': `training_times`)
         besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02), which keeps the mean weight the same
 
     At such times, noise hides the shapes in the latents, but wrong guesses still raise the loss, so B must read e.
@@ -228,7 +229,7 @@ NEWTON_SCHULZ = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283,
 
 
 def orthogonal(x, dtype):
-    """Approximates the nearest orthogonal matrix to each x (N, m, n) by three Newton-Schulz steps
+    """Approximates the orthogonal matrix nearest to each matrix of x (N, m, n) by three Newton-Schulz steps
 
         y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
 
@@ -295,7 +296,7 @@ def restore(path, parts, stage, recipe):
         if state[name]:  # a scaler's is empty unless the precision was float16
             load_state(part, state[name], path)
     if state["step"] > recipe.steps:
-        raise UserError(f"{path} is from step {state['step']}: give more --steps, or delete it")
+        raise UserError(f"{path} is from step {state['step']}: raise --steps to at least that, or delete the file")
     begun = state.get("recipe", asdict(recipe))
     changed = [f", {name} {value} (begun with {begun[name]})" for name, value in asdict(recipe).items()
                if value != begun[name]]
@@ -314,7 +315,8 @@ def test_loss(network, batches, loss_fn):
 
 def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr_scale=lambda name: 1):
     """Trains a network and returns the moving average of its weights, as a network. Every --save-every steps, it writes
-    a checkpoint. After Ctrl-C or a crash, the next call resumes from there.
+    a checkpoint. After Ctrl-C or a crash, the next call resumes from there and, on a CPU, ends in the same weights bit
+    for bit. No random state is saved: all random numbers follow from the seed and the number of the step or the image.
 
     batches(first, recipe) yields batches from step `first` on;
     loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log; if it has a "loss", that
@@ -412,8 +414,8 @@ class Run:
             yield images.to(self.device, non_blocking=True) / 255, list(texts)
 
     def batches(self, first, recipe):
-        """The training batches from step `first` on: images (B, H, W, 3) in [0, 1], with --flip mirrored at random, and
-        one of the captions of each"""
+        """The training batches from step `first` on: images (B, H, W, 3) in [0, 1], mirrored at random with --flip, and
+        one caption for each"""
         steps = range(first, recipe.steps)
         for step, (images, texts) in zip(steps, self.load(steps, recipe.batch)):
             rngs = [np.random.default_rng((self.args.seed, 1, step * recipe.batch + i)) for i in range(recipe.batch)]
@@ -478,8 +480,8 @@ class Run:
         return found
 
     def cached_batches(self, arrays):
-        """A `batches` for `fit`: random rows of what `cached` returns, as a dictionary of tensors, with one of the
-        captions of each"""
+        """A `batches` for `fit`: random rows of what `cached` returns, as a dictionary of tensors, with one caption for
+        each row"""
         def batches(first, recipe):
             for step in range(first, recipe.steps):
                 rng = np.random.default_rng((self.args.seed, step))
@@ -530,7 +532,7 @@ def words_read(caption, tokenizer):
 def hard_negatives(caption, between, rng):
     """Captions close to the real one, but nearly always wrong: one with a word replaced, one with two words swapped. A
     word is put between two others only if some training caption has it there (`words_between`). Random swaps would
-    mostly be ungrammatical, and the text encoder could reject them without seeing the image. A wrong caption that is
+    mostly be ungrammatical, and CLIP could reject them without looking at the image. A wrong caption that is
     `reserved` for testing is left out, so that Shapes' test captions stay unseen. With other data sets, this merely
     loses one wrong caption in sixteen.
     caption: from `words_read`, between: from `words_between` -> 0 to 2 captions"""
@@ -624,7 +626,7 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 
 @torch.no_grad()
 def set_scale(run):
-    """Stage B's latents are divided by 2.4 times their standard deviation. Noise then hides large shapes over a wider
+    """Stage B sees latents divided by 2.4 times their standard deviation. Noise then hides large shapes over a wider
     range of times, and B learns to read their position and colour from the semantic latents. In images below 128 px,
     shapes cover fewer latents, so noise hides them sooner anyway: there, 2.4 is reduced in proportion to the side."""
     images, _ = examples(run.train_data, 256)
@@ -716,13 +718,21 @@ TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
 NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data. A data set never ends: data[i], for any i >= 0, is an image, uint8 array (size, size, 3), and its captions, one
-# string with a caption per line. Both depend only on i and the seed, so a step number is enough to resume a run.
-# data.captions() yields the captions for the tokenizer and for hard negatives; it must end. To add a data set, add its
-# name to the choices of --data, and a branch to `open_data` that returns {"train": ..., "test": ...} for it. For image
-# files or arrays, a reader like `list_cifar` is enough, and `Images` does the rest. A class of your own needs --cache,
-# because `cached` knows only the length of `Images`. If your class has no files, exempt it from --data-dir in
-# `parse_args`. First comes Shapes, rendered on the fly: "a big blue square to the left of a small green star".
+# Data. A data set has
+#
+#     data[i]            for any i >= 0: an image, uint8 array (size, size, 3), and its captions, one string with a
+#                        caption per line. Both depend only on i and the seed, so a step number is enough to resume.
+#     data.captions()    the captions for the tokenizer and for hard negatives; unlike data[i], they must end
+#
+# To add one,
+#
+#     1. add its name to the choices of --data in `parse_args`;
+#     2. add a branch to `open_data` that returns {"train": ..., "test": ...}. If the images are files or arrays, write
+#        only a reader like `list_cifar`: `Images` does the rest;
+#     3. if you write a class in place of `Images`, give --cache too, since only `Images` knows how many images there
+#        are; if it needs no files, treat it like "shapes" wherever --data-dir is checked.
+#
+# First comes Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
 COLOURS = {"red": (215, 35, 35), "orange": (250, 135, 20), "yellow": (250, 225, 40), "green": (40, 160, 60),
            "cyan": (40, 210, 225), "blue": (40, 75, 220), "purple": (130, 40, 170), "pink": (250, 130, 190)}
@@ -1069,9 +1079,9 @@ def list_images(folder, coco, left_out):
 
 
 def for_testing(names, validation):
-    """The images kept for testing: the validation set, if one of its images can be read and there are others to train
-    on. Otherwise the first image that can be read and about a tenth of the rest, by a hash of the name (the hash in
-    `reserved` would treat a.png and b.png alike).
+    """The images kept for testing: the validation set, if at least one of its images can be read and there are others
+    to train on. Otherwise the first image that can be read and about a tenth of the rest, by a hash of the name (the
+    hash in `reserved` would treat a.png and b.png alike).
     names: {name: path}, sorted; validation: set of paths -> set of paths"""
     if len(validation) < len(names) and any(map(can_load, sorted(validation))):
         return validation
@@ -1108,7 +1118,7 @@ class Images(Dataset):
                     self.unreadable.add(i)
                     tqdm.write(f"skipped an image: {error}", file=sys.stderr)
             index += 1
-        raise UserError(f"none of {len(self.items)} images can be read")
+        raise UserError(f"none of the {len(self.items)} images can be read")
 
 
 def open_data(args):
@@ -1223,7 +1233,7 @@ def report(run, stage, seconds, machine):
         f"# {run.folder.name}\n\n{machine}; Python {platform.python_version()}, {platform.platform()}. Preset "
         f"{run.args.preset}, data {run.args.data}, {run.model.config.image_size} px.\n\n"
         f"`python tests/score.py --run {run.folder}` adds its scores.\n\n![losses](curves.png)\n")
-    if not text.endswith("|\n"):  # a new table: also where scores follow the last one
+    if not text.endswith("|\n"):  # start a new table, also after a table of scores
         text += ("\n| stage | minutes (since the last resume) | steps | batch | images/s | peak memory so far, GB "
                  "| loss | test loss | test images |\n" + "| --- " * len(row) + "|\n")
     save_atomically(path, text + "| " + " | ".join(map(str, row)) + " |\n")
@@ -1260,7 +1270,7 @@ def plain_attention(device, precision):
 
 @contextlib.contextmanager
 def computing(device, precision, plain):
-    """While this is open, matrix products have the given precision, and attention is plain or PyTorch's own choice."""
+    """In this context, matrix products have the given precision, and attention is plain or PyTorch's own choice."""
     with (torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"),
           sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
         yield
@@ -1300,8 +1310,8 @@ def parse_args(argv=None):
     add("--precision", choices=("float32", "bfloat16", "float16"), help="precision of matrix products; default: "
         "bfloat16 where the machine has it, float16 on a GPU without it")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
-    add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0, the main "
-        "process prepares them)")
+    add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0: the main "
+        "process does it)")
     add("--log-every", type=positive, default=10, help="steps between lines in metrics.jsonl (default: %(default)s)")
     add("--save-every", type=positive, default=250, help="steps between checkpoints and sheets (default: %(default)s)")
     args = parser.parse_args(argv)  # parsed twice: what is saved in --run takes the place of the defaults
@@ -1343,7 +1353,7 @@ def parse_args(argv=None):
 def begin(args, captions):
     """Writes what all commands of a run need: sizes and vocabulary; with --init-from, weights too."""
     if Path(args.run).is_dir() and any(Path(args.run).iterdir()):
-        raise UserError(f"{args.run} is not empty, and has no options.json of a run: use another --run")
+        raise UserError(f"{args.run} is not empty, but is no run (it has no options.json): use another --run")
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)

@@ -1,5 +1,5 @@
 """
-Würstchen: text-to-image diffusion in a space 42 times smaller than the image, in one readable module.
+Würstchen: text-to-image diffusion in a space 42 times smaller than the image in each direction, in one readable module.
 
 Pernias, Rampas, Richter, Pal, Aubreville: "Würstchen: An Efficient Architecture for Large-Scale Text-to-Image
 Diffusion Models", arXiv 2306.00637 ("the paper"; section numbers are those of its second version). Three stages,
@@ -28,7 +28,7 @@ Conventions:
 - Images and activations are channels last, (B, H, W, C), except inside EfficientNet and the discriminator. LayerNorm
   and Linear then need no permutes, and a 1x1 convolution is a Linear.
 - Images are float in [0, 1]. "Latents" are Stage A's; "semantic latents" are the semantic compressor's.
-- Time t is continuous in [0, 1]: 0 is the clean image, 1 is noise. x0 is the clean value, eps the noise in it.
+- Time t is continuous in [0, 1]: 0 is the clean image, 1 is noise. x0 is the clean value, eps the noise added to it.
 """
 
 import json
@@ -68,14 +68,14 @@ class VQGANConfig:
     channels: tuple = (192, 384)  # of each level
     blocks: int = 12  # of the decoder, at the lowest resolution
     codebook_size: int = 8192
-    scale: float = 0.3764  # Stage B works on latents divided by this; training measures its own
+    scale: float = 0.3764  # Stage B works on latents divided by this; training measures its own value
     disc_depth: int = 6
     disc_width: int = 512
 
 
 @dataclass
 class CompressorConfig:
-    """EfficientNetV2-S. One row per stage: (block, expansion, stride, channels, layers)."""
+    """EfficientNetV2-S. One row per group of layers: (block, expansion, stride, channels, layers)."""
     stem: int = 24
     stages: tuple = (
         ("fused", 1, 1, 24, 2),
@@ -98,7 +98,7 @@ class StageBConfig:
     cond_width: int = 1024  # width that text and semantic latents are mapped to
     patch: int = 2
     dropout: float = 0.1
-    token_width: int = 0  # above 0: Stage B predicts Stage A's codes, embedded in this width (the paper's version 1)
+    token_width: int = 0  # above 0: B predicts Stage A's codes, with embeddings this wide (the paper's version 1)
 
 
 @dataclass
@@ -113,13 +113,11 @@ class StageCConfig:
 @dataclass
 class Config:
     """Sizes of the whole system."""
-    image_size: int = 1024  # side in pixels that the stages are trained at
+    image_size: int = 1024  # side of the training images in pixels
     guidance: tuple = (4.0, 1.0)  # default classifier-free guidance scales of C and of B; 1: none
     steps: tuple = (60, 12)  # default numbers of sampling steps of C and of B
     rescale: float = 0.75  # the compressor sees images at this scale, and has a stride of 32
-    # Channels of the compressor's output, which B reads and C generates. To change the number, edit a preset; quick,
-    # cifar and photos copy it from tiny.
-    semantic_channels: int = 16
+    semantic_channels: int = 16  # of the compressor's output, which B reads and C generates
     latent_channels: int = 4  # of Stage A's latents
     time_width: int = 64  # of the time embedding in B and C
     text_c: TextConfig = field(default_factory=TextConfig)  # for Stage C
@@ -131,7 +129,7 @@ class Config:
 
     @property
     def stride(self):
-        """Image sides must be multiples of this: Stage A's stride of 4, times B's patch, times B's down-samplings."""
+        """Image sides must be multiples of this: 4 (Stage A's stride), times B's patch, times 2 per down-sampling."""
         return 4 * self.b.patch * 2 ** (len(self.b.channels) - 1)
 
     @property
@@ -140,10 +138,10 @@ class Config:
         return math.ceil(self.rescale * self.image_size / 32)
 
     def grid(self, height, width):
-        """Latent sizes for an image of height x width pixels, rounded as in the published model. There is one semantic
-        cell per image_size / cells pixels (42.67 at 128, 256 and 1024 px if `rescale` is 0.75), rounded up. Each cell
-        has as many of Stage A's latents as in training. Their number per side is then rounded to a multiple of
-        `stride` // 4, because B's down-sampling requires it.
+        """Latent sizes for an image of height x width pixels, rounded as in the published model. The number of semantic
+        cells per side is the side divided by image_size / cells (42.67 at 128, 256 and 1024 px if `rescale` is 0.75),
+        rounded up. Each cell has as many of Stage A's latents as in training. Their number per side is then rounded to
+        a multiple of `stride` // 4, because B's down-sampling requires it.
         -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
@@ -289,7 +287,8 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts each channel by the time: x·(1 + scale) + shift, both from a Linear of the time embedding."""
+    """Scales and shifts each channel depending on the time: x·(1 + scale) + shift. A Linear computes scale and shift
+    from the time embedding."""
 
     def __init__(self, channels, time_width):
         super().__init__()
@@ -367,7 +366,7 @@ class Block(nn.Module):
 
 
 class BlockSequence(nn.ModuleList):
-    """`count` Blocks: all of Stage C, or one level of Stage B. Each ResBlock takes `semantic_width` extra
+    """`count` Blocks: those of Stage C, or of one level of Stage B. Each ResBlock takes `semantic_width` extra
     channels, and the first one takes another `skip_channels`."""
 
     def __init__(self, count, channels, heads, cond_width, time_width, dropout, semantic_width=0, skip_channels=0):
@@ -506,7 +505,7 @@ class CLIP(nn.Module):
 def contrastive_loss(logits, ids):
     """CLIP's loss: the mean of two cross-entropies. The first classifies each image among all N captions. The second
     classifies each of the first B captions among the B images. In the first, identical captions all count as correct
-    and share the target equally. In the second, the images of identical captions do.
+    and share the target equally. In the second, the same holds for the images of identical captions.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -669,8 +668,8 @@ class SqueezeExcitation(nn.Module):
 
 class MBConv(nn.Module):
     """Expansion, depthwise 3x3 convolution, squeeze-excitation and projection. If `fused`, one full 3x3 convolution
-    does the expansion, and there is no squeeze-excitation. In training, the branch is dropped with probability `drop`
-    (stochastic depth)."""
+    replaces the first two, and there is no squeeze-excitation. In training, the branch is dropped with probability
+    `drop` (stochastic depth)."""
 
     def __init__(self, c_in, c_out, expansion, stride, fused, drop):
         super().__init__()
@@ -847,7 +846,8 @@ class StageB(nn.Module):
 
 
 class StageC(nn.Module):
-    """Predicts eps in noisy semantic latents, given the text, which enters through each AttnBlock."""
+    """Predicts eps in noisy semantic latents, given the text, which `text_mapper` maps to the width of the blocks and
+    which enters each of them through its AttnBlock."""
 
     def __init__(self, config):
         super().__init__()
@@ -899,12 +899,16 @@ class StageC(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling use only eps. To
-# switch to v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, halve the number of outputs of `out`. Let `predict_eps` return
-# √ᾱ·v + √(1 − ᾱ)·x, without a and b (ᾱ has the shape (B, 1, 1, 1), as in `add_noise`). Then train B and after it C in a
-# new run. Because (error of eps)² = ᾱ·(error of v)², the loss weight 1 − ᾱ on eps is a weight of ᾱ·(1 − ᾱ) on v. For an
-# unweighted loss on v, change the weight in `diffusion_loss` to 1/ᾱ. (`stage_b_loss` multiplies the weight by a factor
-# of its own.)
+# 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling use only eps.
+#
+# To switch to v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, change both StageB and StageC:
+#
+#     out            has half as many outputs: v, in place of a and b
+#     predict_eps    returns √ᾱ·v + √(1 − ᾱ)·x, with ᾱ of shape (B, 1, 1, 1) as in `add_noise`
+#
+# Then train the two again (`python train.py b`, then `c`). Because (error of eps)² = ᾱ·(error of v)², the loss weight
+# 1 − ᾱ on eps is a weight of ᾱ·(1 − ᾱ) on v. For an unweighted loss on v, change the weight in `diffusion_loss` to 1/ᾱ.
+# (`stage_b_loss` multiplies the weight by a factor of its own.)
 
 
 def alpha_bar(t):
@@ -931,15 +935,15 @@ def training_times(n, device):
 
 
 def diffusion_loss(eps, predicted, t, factor=1.0):
-    """Each image's mean of factor·(1 − ᾱ(t))·(eps − predicted)². The weight is P2 (Choi et al., 2022, k = gamma = 1) as
-    in the authors' code, which trained the published weights: (1 + ᾱ/(1 − ᾱ))⁻¹ = 1 − ᾱ. Section 3.2 prints
+    """Each image's mean of factor·(1 − ᾱ(t))·(eps − predicted)². The weight 1 − ᾱ is P2, (1 + ᾱ/(1 − ᾱ))⁻¹ (Choi et
+    al., 2022, k = gamma = 1), as in the authors' code, which trained the published weights. Section 3.2 prints
     (1 − ᾱ)/(1 + ᾱ). eps and predicted (B, ...), t (B,), factor: (B,) or a number -> (B,)"""
     return factor * (1 - alpha_bar(t)) * (eps - predicted).square().flatten(1).mean(dim=1)
 
 
 def predict_x0(x, eps, t):
     """The clean value that follows from x at time t and the predicted eps: (x − √(1 − ᾱ)·eps)/√ᾱ.
-    x and eps: one shape, t: scalar tensor -> the same shape"""
+    x and eps: of one shape, t: scalar tensor -> that shape"""
     signal = alpha_bar(t)
     return (x - (1 - signal).sqrt() * eps) / signal.sqrt()
 
@@ -949,7 +953,7 @@ def ddpm_step(x, eps, t, t_next, z):
 
         mean = (x − (1 − α)·eps/√(1 − ᾱ(t)))/√α,   std = √((1 − α)(1 − ᾱ(t_next))/(1 − ᾱ(t))), 0 at t_next = 0
 
-    x, the predicted eps and normal noise z: one shape; t and t_next: scalar tensors -> x at t_next"""
+    x, the predicted eps and normal noise z: all of one shape; t and t_next: scalar tensors -> x at t_next"""
     now, after = alpha_bar(t), alpha_bar(t_next)
     alpha = now / after
     mean = (x - (1 - alpha) * eps / (1 - now).sqrt()) / alpha.sqrt()
@@ -979,7 +983,8 @@ def normal_noise(shape, generator, device):
 
 
 def generators(seed, count):
-    """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> for `random_numbers`"""
+    """seed: None, an int for the whole batch, or a list of `count` ints, one per image -> what `random_numbers` takes
+    as `generator`"""
     if seed is None:
         return None
     if isinstance(seed, int):
@@ -1108,7 +1113,7 @@ class Wuerstchen(nn.Module):
     @torch.no_grad()
     def sample_b(self, x, times, semantic, prompts, negative="", guidance=None, **options):
         """Stage B. x: noise (B, h, w, 4), or random codes (B, h, w) for a TokenStageB; semantic (B, hs, ws, 16); the
-        rest as in `sample_c`. The unconditional branch sees the negative prompt and semantic latents of zeros.
+        rest as in `sample_c`. The unconditional branch sees the negative prompt, and zeros as semantic latents.
         -> Stage A's latents (B, h, w, 4)"""
         guidance = self.config.guidance[1] if guidance is None else guidance
         if guidance != 1:
@@ -1155,7 +1160,7 @@ class Wuerstchen(nn.Module):
         """Reconstructs images twice: by Stage A alone, and from the semantic latents by B and A. images (B, H, W, 3) in
         [0, 1], sides multiples of `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those
         of `from_semantic`
-        -> the first (stride 4, quantized) and the second, both like images"""
+        -> the first (stride 4, quantized) and the second, both of the same shape as images"""
         from_b = self.from_semantic(self.compress(images), prompts or [""] * len(images), latent_size_of(images),
                                     generator=generators(seed, len(images)), **options)
         return self.a(images)[0].float().clamp(0, 1), from_b
@@ -1182,7 +1187,7 @@ class Wuerstchen(nn.Module):
         folder = Path(folder)
         for path in (folder / "config.json", folder / "tokenizer", *(folder / f"{stage}.pt" for stage in stages)):
             if not path.exists():
-                raise FileNotFoundError(f"no {path}: train it first: python train.py --run {folder}")
+                raise FileNotFoundError(f"no {path}: train this run first: python train.py --run {folder}")
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
         model = cls(Config.from_dict(read_json(folder / "config.json")), *tokenizers)
         for stage in stages:
@@ -1196,12 +1201,12 @@ class Wuerstchen(nn.Module):
 
     @classmethod
     def from_official(cls, folder, device="cpu", dtype=torch.float32):
-        """Loads the published model from one folder with local copies of the hub's snapshots `wuerstchen-prior` and
-        `wuerstchen`, and also `EfficientNetEncoder` if you want to compress images. The sizes come from their
-        configurations. With a dtype other than float32, use the model under torch.autocast."""
+        """Loads the published model from one folder with local copies of the Hugging Face hub's snapshots
+        `wuerstchen-prior` and `wuerstchen`, and also `EfficientNetEncoder` if you want to compress images. The sizes
+        come from their configurations. With a dtype other than float32, use the model under torch.autocast."""
         config = official_config({name: read_json(Path(folder) / place / "config.json")
                                   for name, place in OFFICIAL_FOLDERS.items() if name != "compressor"})
-        with torch.device("meta"):  # no memory yet: the weights read are assigned
+        with torch.device("meta"):  # allocates no memory: the weights are assigned once they are read
             model = cls(config, *(Tokenizer.load(Path(folder) / snapshot / "tokenizer")
                                   for snapshot in ("wuerstchen-prior", "wuerstchen")))
         if not (Path(folder) / OFFICIAL_FOLDERS["compressor"]).exists():
@@ -1277,7 +1282,7 @@ class TokenStageB(StageB):
 
 
 def replace_tokens(codes, others, t, generator=None):
-    """Noise for tokens: with probability t, replaces each code by the one at the same position in `others` (random).
+    """Noise for tokens: with probability t, replaces each code by the random one at the same position in `others`.
     codes and others (B, h, w), t (B,) -> noisy codes (B, h, w), and which were replaced, bool (B, h, w)"""
     replaced = random_numbers(torch.rand, codes.shape, generator, codes.device) < t.view(-1, 1, 1)
     return torch.where(replaced, others, codes), replaced
@@ -1297,7 +1302,7 @@ def token_loss(logits, codes, replaced, t):
 def sample_tokens(network, start, times, conditions, guidance=1.0, generator=None, temperatures=(1.0, 0.2),
                   after_step=None):
     """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature; the temperature
-    falls from temperatures[0] to temperatures[1]. Then it resets each token to its starting code with probability
+    falls from temperatures[0] to temperatures[1]. The step then resets each code to its starting code with probability
     t_next.
     network(codes, t, conditions) -> logits; start: random codes (B, h, w); after_step(codes, drawn, t_next) -> codes;
     the rest as in `sample` -> codes (B, h, w)"""
@@ -1429,7 +1434,7 @@ def load_official(model, part, weights):
     ours, found = network.state_dict(), {}
     weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()  # as older files have them
                if not key.endswith("position_ids")}
-    if part == "a":  # what the published pipelines know besides the weights
+    if part == "a":  # the weight files do not contain these values; the published pipelines do
         found["scale"] = torch.tensor(config.a.scale)
     elif part == "c":  # Stage C diffuses (e + 1) / 42, e being the compressor's output
         found["latent_mean"] = torch.full((config.semantic_channels,), -1.0)

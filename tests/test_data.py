@@ -267,7 +267,7 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
     again = train.Images(data.items, 32)
     assert [again[i][1] for i in reversed(range(48))] == seen[::-1]  # whatever was read before
     bad = [item for item in data.items if item[1] == ["cut"]]
-    with pytest.raises(train.UserError, match="none of 2 images can be read"):
+    with pytest.raises(train.UserError, match="none of the 2 images can be read"):
         train.Images(bad + bad, 32)[5]
 
 

@@ -236,7 +236,7 @@ def test_what_is_too_long_is_said(run, capsys):
     ("", "nothing to generate"), ("--redraw a.png", "nothing to generate"),
     ("--vary a.png --mix a.png b.png", "allowed"),
     ("--fill a.png half.png cat --device mps", "--device mps: PyTorch"),
-    ("cat --run none", "no none/config.json: train it first"), ("--vary none.png", "none.png"),
+    ("cat --run none", "no none/config.json: train this run first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),
     ("--vary a.png --height 100", "sides must be multiples of 32, not 100x64"),
     ("--fill a.png wide.png cat", "wide.png and a.png differ in aspect ratio: 200x100 and 64x64 pixels")])

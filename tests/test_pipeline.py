@@ -103,8 +103,8 @@ def test_the_script_as_a_command(run, tmp_path):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("sample.py a-cat --run {begun}", "a.pt: train it first"),
-    ("train.py b --run {begun}", "a.pt: train it first"),
+    ("sample.py a-cat --run {begun}", "a.pt: train this run first"),
+    ("train.py b --run {begun}", "a.pt: train this run first"),
     ("train.py --preset huge", "invalid choice: 'huge'"),
     ("train.py --image-size 50", "multiple of 32"),
     ("train.py --image-size 128 --run {run}", "image_size 64"),
@@ -117,7 +117,8 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --data folder --data-dir {run} --run {code}", "must be a folder of its own"),
     ("train.py --run=", "must be a folder of its own"),
     ("train.py --data folder --data-dir=", "--data folder needs a --data-dir"),
-    ("train.py --run {part}", "has no options.json of a run"), ("sample.py a-cat --run {part}", "/tokenizer: train it"),
+    ("train.py --run {part}", "is not empty, but is no run (it has no options.json)"),
+    ("sample.py a-cat --run {part}", "/tokenizer: train this run"),
     ("train.py b --init-from {none}", "there is no such folder"),
     ("train.py --download", "--download needs --data cifar10, cifar100, coco"),
     ("train.py --init-from {run}", "--init-from needs the stage to train"),

@@ -235,7 +235,7 @@ def test_the_same_command_goes_on_after_ctrl_c(micro, tmp_path):
     stopped = metrics(folder)[-1]["step"]
     assert process.returncode == 1 and 3 < stopped < 60 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("stopped; run the same command again")
-    with pytest.raises(train.UserError, match="give more --steps"):
+    with pytest.raises(train.UserError, match="raise --steps to at least that"):
         train.main([*command, "--steps", "1"])
     train.main(command)
     steps = [row["step"] for row in metrics(folder)]

@@ -2,9 +2,10 @@
 
     "A Café!"  --clean-->  "a café!"  --split-->  a | café | !  --bytes, merges-->  a</w> | cafÃ©</w> | !</w>
 
-The text is cut into pieces: words, digits, punctuation. Each piece is encoded alone. First it is written as its UTF-8
-bytes, one symbol per byte. The last symbol gets "</w>", the end of a word. Then neighbouring symbols are merged, in
-the order in which training learned the merges. All 256 bytes are in the vocabulary, so no text is ever unknown.
+The text is cut into pieces: words, digits, punctuation. Each piece is encoded separately. First it is written as its
+UTF-8 bytes, one symbol per byte. The last symbol gets "</w>", which marks the end of a word. Then neighbouring symbols
+are merged, in the order in which training learned the merges. All 256 bytes are in the vocabulary, so no text is ever
+unknown.
 """
 import codecs
 import html
@@ -105,7 +106,8 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], merges: int = 400, length: int = 77) -> "Tokenizer":
         """Learn merges: again and again, merge the pair of neighbours that is most frequent in the captions.
 
-        Pairs are counted within the pieces of `split` with repair, without START and END. "aaa" holds (a, a) twice.
+        Pairs are counted inside the pieces that `split` gives with repair=True, except START and END. "aaa" holds
+        (a, a) twice.
         If two pairs are equally frequent, the one that sorts first wins, so the order of the captions does not matter.
         Training stops after `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, then the
         merged symbols in the order in which they were learned, then START and END, each token once. The tokenizer has
@@ -218,7 +220,7 @@ class Tokenizer:
         return ids, mask
 
     def overflow(self, text: str) -> str:
-        """The end of the text that does not fit into `length` tokens; "" if all of it fits."""
+        """The part at the end of the text that does not fit into `length` tokens; "" if all of it fits."""
         return self.decode(self.encode(text)[self.length - 2:])
 
     def unseen(self, text: str) -> list[str]:
