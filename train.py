@@ -202,47 +202,42 @@ class Muon(torch.optim.Optimizer):
     """Momentum with all singular values of the update brought near 1 (Jordan et al., 2024); for matrices only. All
     stages need far fewer steps with it. torch.optim.Muon always multiplies in bfloat16; a CPU without bfloat16
     emulates it, 40 times slower than float32. Here, `dtype` sets the precision, and `orthogonal` takes three steps
-    instead of five. Matrices of equal shape are updated together, which is faster."""
+    instead of five."""
 
-    def __init__(self, groups, dtype, momentum=0.95, weight_decay=0.01):
-        super().__init__(groups, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, groups, dtype):
+        super().__init__(groups, dict(lr=0.0, momentum=0.95, weight_decay=0.01))
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in params]
-                grads = [p.grad for p in params]
-                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-                updates = orthogonal(torch.stack(torch._foreach_lerp(grads, means, group["momentum"])), self.dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                # The factor gives updates about the size of AdamW's.
-                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    change = orthogonal(p.grad.lerp(mean, group["momentum"]), self.dtype)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    # The factor gives changes about the size of AdamW's.
+                    p.sub_(change, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 NEWTON_SCHULZ = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283, 0.4573))  # a, b, c of each step
 
 
 def orthogonal(x, dtype):
-    """Approximates the orthogonal matrix nearest to each matrix of x (N, m, n) by three Newton-Schulz steps
+    """Approximates the orthogonal matrix nearest to a matrix x (m, n) by three Newton-Schulz steps
 
         y <- a·y + (b·yyᵀ + c·(yyᵀ)²)·y
 
     which lower the ratio of the largest to the smallest singular value. Dividing by the norm makes all singular values
     at most 1, up to rounding. The three steps bring those in [0.005, 1.02] to [0.04, 1.96], then to [0.15, 1.84], then
     to [0.48, 1.51] (Amsel et al., 2025)."""
-    tall = x.shape[1] > x.shape[2]
-    y = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    y = y.mT if tall else y
+    tall = x.shape[0] > x.shape[1]
+    y = (x / (x.norm() + 1e-7)).to(dtype)
+    y = y.T if tall else y
     for a, b, c in NEWTON_SCHULZ:
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if tall else y).to(x.dtype)
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.T if tall else y).to(x.dtype)
 
 
 def make_optimizers(network, lr_scale, dtype):
@@ -967,9 +962,8 @@ def read_table(file, text, left_out):
         separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
         names = [name.strip().lower() for name in next(table, [])]
-        while names and not names[-1]:  # empty columns of a spreadsheet
-            names.pop()
-        last = len(names) - 1  # takes what is left of a row: captions have commas, and not all are quoted
+        # The last column with a name takes what is left of a row: captions have commas, and not all are quoted.
+        last = max((i for i, name in enumerate(names) if name), default=0)
         rows = (dict(zip(names, [*row[:last], f"{separator} ".join(filter(None, row[last:]))])) for row in table)
     elif file.suffix.lower() == ".jsonl":
         rows = map(parse_json, filter(str.strip, text.split("\n")))
@@ -1325,16 +1319,12 @@ def parse_args(argv=None):
     args.flip = args.data != "shapes" if args.flip is None else args.flip
     args.cache = args.cache or (16_384 if args.data == "shapes" else None)
     args.image_size = args.image_size or PRESETS[args.preset].image_size
-    begun = {"init_from": None, "tokens": False} | saved
-    for name in FIXED if saved else ():
-        if getattr(args, name) != begun.get(name, getattr(args, name)):
-            parser.error(f"{args.run} was started with {name} {begun[name]}; use another --run")
+    for name in FIXED:
+        if getattr(args, name) != saved.get(name, getattr(args, name)):
+            parser.error(f"{args.run} was started with {name} {saved[name]}; use another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
         parser.error(f"--data {args.data} " + ("takes no --data-dir; give --data too" if args.data_dir else
                                             "needs a --data-dir"))
-    taken = [Path(__file__).parent.resolve(), *([Path(args.data_dir).resolve()] if args.data_dir else [])]
-    if not args.run or Path(args.run).resolve() in taken:
-        parser.error("--run must be a folder of its own")
     if args.init_from and not saved and not Path(args.init_from).is_dir():
         parser.error(f"--init-from {args.init_from}: there is no such folder")
     if args.init_from and args.tokens:
@@ -1353,7 +1343,7 @@ def parse_args(argv=None):
 def begin(args, captions):
     """Writes what all commands of a run need: sizes and vocabulary; with --init-from, weights too."""
     if Path(args.run).is_dir() and any(Path(args.run).iterdir()):
-        raise UserError(f"{args.run} is not empty, but is no run (it has no options.json): use another --run")
+        raise UserError(f"{Path(args.run)} is not empty, but is no run (it has no options.json): use another --run")
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)

@@ -65,7 +65,7 @@ class TextConfig:
 @dataclass
 class VQGANConfig:
     """Stage A. Appendix E.1 gives 16 decoder blocks, all 384 wide, but the published weights have the sizes below."""
-    channels: tuple = (192, 384)  # of each level
+    channels: tuple = (192, 384)  # of its two levels, at half and at a quarter of the image's size
     blocks: int = 12  # of the decoder, at the lowest resolution
     codebook_size: int = 8192
     scale: float = 0.3764  # Stage B works on latents divided by this; training measures its own value
@@ -568,36 +568,27 @@ class VQGAN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        cfg, widths = config.a, config.a.channels
+        cfg, (narrow, wide) = config.a, config.a.channels
         self.register_buffer("scale", torch.tensor(cfg.scale))
-        self.from_pixels = nn.Linear(3 * 4, widths[0])
-        encoder = []
-        for i, channels in enumerate(widths):
-            if i > 0:
-                encoder.append(Conv(widths[i - 1], channels, 4, stride=2, padding=1))
-            encoder.append(VQBlock(channels))
-        self.encoder = nn.Sequential(*encoder)
-        self.to_latents = nn.Linear(widths[-1], config.latent_channels, bias=False)
+        self.from_pixels = nn.Linear(3 * 4, narrow)
+        self.encoder = nn.Sequential(VQBlock(narrow), Conv(narrow, wide, 4, stride=2, padding=1), VQBlock(wide))
+        self.to_latents = nn.Linear(wide, config.latent_channels, bias=False)
         self.latent_norm = nn.BatchNorm1d(config.latent_channels)  # mean 0, standard deviation 1 at first; then learned
         self.quantizer = Quantizer(cfg.codebook_size, config.latent_channels)
-        self.from_latents = nn.Linear(config.latent_channels, widths[-1])
-        decoder = []
-        for i, channels in reversed(list(enumerate(widths))):
-            decoder += [VQBlock(channels) for _ in range(cfg.blocks if i == len(widths) - 1 else 1)]
-            if i > 0:
-                decoder.append(ConvUp(channels, widths[i - 1], 4, stride=2, padding=1))
-        self.decoder = nn.Sequential(*decoder)
-        self.to_pixels = nn.Linear(widths[0], 3 * 4)
+        self.from_latents = nn.Linear(config.latent_channels, wide)
+        self.decoder = nn.Sequential(*(VQBlock(wide) for _ in range(cfg.blocks)),
+                                     ConvUp(wide, narrow, 4, stride=2, padding=1), VQBlock(narrow))
+        self.to_pixels = nn.Linear(narrow, 3 * 4)
 
     def encode(self, images):
         """images (B, H, W, 3) in [0, 1] -> latents before quantization (B, H/4, W/4, 4)"""
-        x = self.from_pixels(space_to_depth(images, 2))      # (B, H/2, W/2, channels[0])
+        x = self.from_pixels(space_to_depth(images, 2))      # (B, H/2, W/2, narrow)
         x = self.to_latents(self.encoder(x))                 # (B, H/4, W/4, 4)
         return self.latent_norm(x.flatten(0, 2)).view_as(x)
 
     def decode(self, latents):
         """latents (B, h, w, 4), quantized or not -> images (B, 4h, 4w, 3), not clamped"""
-        x = self.decoder(self.from_latents(latents))         # (B, 2h, 2w, channels[0])
+        x = self.decoder(self.from_latents(latents))         # (B, 2h, 2w, narrow)
         return depth_to_space(self.to_pixels(x), 2)          # (B, 4h, 4w, 3)
 
     def forward(self, images):

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import make_sheet, pick_device, redraw  # noqa: E402
+from sample import DEVICES, make_sheet, number, pick_device  # noqa: E402
 from train import (BACKGROUNDS, COLOURS, OUTLINES, RELATIONS, SIZES, Scene, examples, open_data, plot,  # noqa: E402
                    read_options)
 from wuerstchen import CLIP, Wuerstchen  # noqa: E402
@@ -42,10 +42,7 @@ def frechet(x, y):
     2017). It becomes smaller with more images, so compare only distances for the same N and M."""
     x, y = x.cpu().double(), y.cpu().double()
     s1, s2 = torch.cov(x.T).view(x.shape[1], -1), torch.cov(y.T).view(x.shape[1], -1)
-    # S1·S2 has the same eigenvalues as the symmetric S1^½·S2·S1^½. With few images, rounding makes some negative.
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()  # rounding makes some that should be 0 negative or complex
     return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
 
 
@@ -120,13 +117,13 @@ def normalised(mask):
         (32, 32), Image.Transform.EXTENT, (x - half, y - half, x + half, y + half), Image.Resampling.BILINEAR))
 
 
-TEMPLATES = []  # (shape, normalised mask, area for radius 1) of each shape, once sharp and once blurred
+OUTLINE_MASKS = []  # (shape, normalised mask, area for radius 1) of each shape, once sharp and once blurred
 for shape, outline in OUTLINES.items():
     canvas = Image.new("L", (240, 240))
     ImageDraw.Draw(canvas).polygon((100 * outline + 120).ravel().tolist(), fill=255)
     for radius in (0, 15):
         mask = np.array(canvas.filter(ImageFilter.GaussianBlur(radius))) > 127
-        TEMPLATES.append((shape, normalised(mask), mask.sum() / 100 ** 2))
+        OUTLINE_MASKS.append((shape, normalised(mask), mask.sum() / 100 ** 2))
 
 
 def find_blobs(pixels, background):
@@ -146,7 +143,7 @@ def find_blobs(pixels, background):
         mask = labels == names[i]
         form = normalised(mask)
         overlap, shape, unit = max((np.minimum(form, template).sum() / np.maximum(form, template).sum(), shape, unit)
-                                   for shape, template, unit in TEMPLATES)
+                                   for shape, template, unit in OUTLINE_MASKS)
         colour = nearest(np.median(pixels[cores[1:-1, 1:-1] == names[i]], axis=0), COLOURS)
         size = "big" if (areas[i] / unit) ** 0.5 > BIG_RADIUS else "small"
         ys, xs = np.nonzero(mask)
@@ -298,8 +295,7 @@ def score(model, args):
             rows[name] = judge(generate(model, captions, args), captions, real)
 
     def by_b(images, seeds, captions):
-        return redraw(model, images, captions, strength=0, steps=(None, args.steps_b), guidance=(None, args.cfg_b),
-                      seed=list(seeds))
+        return model.reconstruct(images, captions, list(seeds), steps=args.steps_b, guidance=args.cfg_b)[1]
 
     (images, captions), (real, _) = judge.examples("test"), judge.examples("test", batch=1)
     seeds = range(args.seed, args.seed + judge.count)
@@ -350,19 +346,17 @@ def main(argv=None):
     add = parser.add_argument
     add("prompt", nargs="?", help="what the grid of --sweep shows (default: the first test caption)")
     add("--run", default="runs/tiny", help="run folder (default: runs/tiny)")
-    add("--count", type=int, default=200, help="images per row of a table, at least 2 (default: 200)")
+    add("--count", type=number(int, 2, 10**6), default=200, help="images per row of a table (default: 200)")
     add("--seed", type=int, default=0, help="seed of the first image; each further image has the next (default: 0)")
-    add("--steps-c", type=int, help="steps of Stage C (default: the run's)")
-    add("--steps-b", type=int, help="steps of Stage B (default: the run's)")
+    add("--steps-c", type=number(int, 1, 10_000), help="steps of Stage C (default: the run's)")
+    add("--steps-b", type=number(int, 1, 10_000), help="steps of Stage B (default: the run's)")
     add("--cfg", type=float, help="guidance scale of Stage C; 1: none (default: the run's)")
     add("--cfg-b", type=float, help="guidance scale of Stage B; 1: none (default: the run's)")
     add("--inception", metavar="FILE", help="for Fréchet: TorchScript file, such as StyleGAN's inception-2015-12-05.pt")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", default="auto", choices=DEVICES)
     add("--sweep", action="store_true", help="change the guidance scale and the numbers of steps, one at a time")
     add("--out", default="sweep.png", help="image file for the grid of --sweep (default: sweep.png)")
     args = parser.parse_args(argv)
-    if args.count < 2 or any(n is not None and n < 1 for n in (args.steps_c, args.steps_b)):
-        parser.error("--count must be at least 2, --steps-c and --steps-b at least 1")
     model = Wuerstchen.load(args.run).to(pick_device(args.device))
     (sweep if args.sweep else score)(model, args)
 
