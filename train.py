@@ -18,10 +18,10 @@ authors' training. A run writes these files to its folder:
     STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
     metrics.jsonl               a line every few steps: loss (in B and C also by quarter of t's range: loss_0, ...,
                                 loss_75), learning rate, images per second; at checkpoints, the loss on test images
-    sheets/, curves.png         images that show the progress, and a chart of the losses
+    sheets/, curves.png         images that show the progress, and a plot of the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
-Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, charts and the command
+Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, plots and the command
 line.
 """
 
@@ -1148,14 +1148,14 @@ def examples(data, count, start=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Charts and the report.
+# Plots and the report.
 
 
 def plot(curves, x_label, y_label, log=False, circles=None):
     """A PIL image of curves {label: [(x, y), ...]}, with axes, ticks and a legend; log: logarithmic y axis, y > 0;
     circles: more points under the same labels, to be drawn as circles, or None."""
-    chart, circles = Image.new("RGB", (640, 360), "white"), circles or {}
-    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (60, 24, 450, 316)
+    image, circles = Image.new("RGB", (640, 360), "white"), circles or {}
+    pen, (left, top, right, bottom) = ImageDraw.Draw(image), (60, 24, 450, 316)
 
     def axis(values, start, end, log):
         """-> a function from values to pixels, and the values that get a tick"""
@@ -1186,7 +1186,7 @@ def plot(curves, x_label, y_label, log=False, circles=None):
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], "white", colour)
         pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
         pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
-    return chart
+    return image
 
 
 def plot_losses(folder):
@@ -1343,7 +1343,7 @@ def parse_args(argv=None):
 def begin(args, captions):
     """Writes what all commands of a run need: sizes and vocabulary; with --init-from, weights too."""
     if Path(args.run).is_dir() and any(Path(args.run).iterdir()):
-        raise UserError(f"{Path(args.run)} is not empty, but is no run (it has no options.json): use another --run")
+        raise UserError(f"{Path(args.run)} is not empty, and is not a run (it has no options.json): use another --run")
     if args.init_from:
         own = read_options(args.init_from)
         model = Wuerstchen.load(args.init_from) if own else Wuerstchen.from_official(args.init_from)

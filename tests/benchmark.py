@@ -1,20 +1,21 @@
 """
-How fast this is, beside the reference's classes on the same machine:
+How fast this implementation is, compared with the reference's classes on the same machine:
 
-    python tests/benchmark.py                            all that follows; minutes on two CPU cores
-    python tests/benchmark.py --only train generate      some of it
+    python tests/benchmark.py                            everything below; takes minutes on two CPU cores
+    python tests/benchmark.py --only train generate      only these parts
 
     train       a training step of Stages A, B and C: forward, backward, clipping the gradient, AdamW
-    generate    captions to images, all of it
+    generate    the whole way from captions to images
     stages      each stage of train.py as a user calls it, images per second
-    v2          (CUDA only) the published sizes: training Stage C, compiled; drawing at 1024 px
+    v2          (CUDA only) the published sizes: training Stage C, compiled; generating at 1024 px
 
-All but the last with the networks of the preset "tiny"; a training step has twice the images of its recipe.
+All but v2 use the networks of the preset "tiny"; a step of `train` takes twice as many images as its recipe.
 
 The reference is diffusers, with transformers; where they are missing, only our side is timed. The sides take turns, so
 that whatever else slows the machine slows both. Times, and ratios of times, are medians over the turns. Each side is
-timed in float32 and, where the machine has it, bfloat16, on a CPU each with PyTorch's fused attention and with the
-plain one (softmax(q·kᵀ)·v, product by product); what is fastest counts. OMP_NUM_THREADS sets the CPU cores.
+timed in float32 and, where the machine has it, in bfloat16; on a CPU, in each of them with PyTorch's fused attention
+and with the plain one (softmax(q·kᵀ/√d)·v, product by product). The fastest combination counts. OMP_NUM_THREADS sets
+the number of CPU threads.
 """
 
 import argparse
@@ -48,7 +49,7 @@ CAPTION = "a big red circle to the left of a small blue square"
 
 
 class Bench:
-    """Measures. device: "cpu" or "cuda"; rounds: turns per median"""
+    """Times functions on a device. device: "cpu" or "cuda"; rounds: how many timed turns each median is over"""
 
     def __init__(self, device, rounds):
         self.device, self.rounds = device, rounds
@@ -62,7 +63,7 @@ class Bench:
         print("matrix products: " + ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.rates.items()))
 
     def alternate(self, sides):
-        """sides {name: function}: each in turn, after two rounds to warm up -> {name: its seconds, turn by turn}"""
+        """sides {name: function}: calls them in turn, after two warm-up rounds -> {name: its seconds, turn by turn}"""
         seconds = torch.empty(2 + self.rounds, len(sides))
         for turn in seconds:
             for i, run in enumerate(sides.values()):
@@ -74,8 +75,8 @@ class Bench:
         return dict(zip(sides, seconds[2:].T))
 
     def compare(self, what, images, ours, theirs=None):
-        """Times two works and prints the result. A work is a function: work(way), with one of self.ways.
-        what: headline; images: how many one run handles; theirs: None without a reference"""
+        """Times our function and the reference's, and prints the result. Both take one of self.ways.
+        what: headline; images: how many one call handles; theirs: None without a reference"""
         works, best = {"ours": ours} | ({"reference": theirs} if theirs else {}), {}
         taken = self.alternate({(side, way): partial(work, way) for side, work in works.items() for way in self.ways})
         print(f"\n{what}")
@@ -94,7 +95,7 @@ class Bench:
 
 
 def training_step(bench, network, loss_of):
-    """network: to be trained; loss_of() -> scalar; -> a work: one step"""
+    """network: to be trained; loss_of(): the loss, a scalar -> a function for `Bench.compare` that takes one step"""
     network.to(bench.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
@@ -116,7 +117,7 @@ def diffusion_step(bench, network, *shapes):
 
 
 def reference_networks(config):
-    """-> the reference's Stages A, B and C in the sizes of a Config"""
+    """-> the reference's Stages A, B and C with the sizes of a Config"""
     a, b, c = config.a, config.b, config.c
     return (reference.PaellaVQModel(embed_dim=a.channels[-1], bottleneck_blocks=a.blocks,
                                     num_vq_embeddings=a.codebook_size, scale_factor=a.scale),
@@ -151,7 +152,7 @@ def reference_generate(config, tokenizer, dtype):
 
 
 def train(bench):
-    """A training step of each stage in the sizes of CONFIG, on random images and latents."""
+    """A training step of each stage with the sizes of CONFIG, on random images and latents."""
     a, (ra, rb, rc) = VQGAN(CONFIG), reference_networks(CONFIG) if reference else (None, None, None)
     images, text = torch.rand(128, 32, 32, 3, device=bench.device), (CONFIG.text_c.length, CONFIG.text_c.width)
     images_first = images.permute(0, 3, 1, 2).contiguous()  # the reference has channels first
@@ -181,13 +182,13 @@ def generate(bench, config=CONFIG, counts=(1, 8), dtype=torch.float32):
         ours = partial(Wuerstchen(config, tokenizer).eval().to(dtype).generate, steps=(60, 12))
         theirs = reference and reference_generate(config, tokenizer, dtype)
 
-    def draw(side, count, way):
+    def run(side, count, way):
         with computing(bench.device, *way):
             side([CAPTION] * count)
 
     for count in counts:
         bench.compare(f"generate, {count} at {config.image_size} px, 60 steps of C with guidance, 12 of B", count,
-                      partial(draw, ours, count), theirs and partial(draw, theirs, count))
+                      partial(run, ours, count), theirs and partial(run, theirs, count))
 
 
 def stages(bench):
@@ -198,27 +199,28 @@ def stages(bench):
         lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     print("\ntrain.py, preset tiny")
     for stage in ("text", "a", "b", "c"):
-        # Logged speeds count from step 0. The first steps warm up: count from the first logged one to the last.
+        # Logged speeds are means from step 0 on. The first steps are a warm-up: measure from the first logged one on.
         (first, rate), *_, (last, last_rate) = [(line["step"], line["images_per_s"]) for line in lines
                                                 if line["stage"] == stage and "images_per_s" in line]
         print(f"  {stage:5} {(last - first) / (last / last_rate - first / rate):7.1f} images/s", flush=True)
 
 
 def v2(bench):
-    """The published sizes, which need a large GPU. The training step of Stage C is compiled as a whole."""
+    """The published sizes, which need a large GPU. For the training step, Stage C is compiled as a whole."""
     bench.precisions, config, c = ["bfloat16"], PRESETS["v2"], StageC(PRESETS["v2"])
     c.compile()
     bench.compare("Training step of Stage C v2, compiled, 64 semantic latents of 24x24", 64,
                   diffusion_step(bench, c, (64, 24, 24, 16), (64, 77, config.text_c.width)))
-    print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at most, on {torch.cuda.get_device_name()}")
+    print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most, on {torch.cuda.get_device_name()}")
     generate(bench, config, counts=(1, 4), dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":
     parts = {"train": train, "generate": generate, "stages": stages, "v2": v2}
-    parser = argparse.ArgumentParser(description="Times this implementation beside the reference's classes.")
+    parser = argparse.ArgumentParser(description="Times this implementation against the reference's classes.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", nargs="+", choices=parts, help="what to measure (default: all that the device can)")
+    parser.add_argument("--only", nargs="+", choices=parts,
+                        help="what to measure (default: all that the device can run)")
     parser.add_argument("--rounds", type=int, default=9, help="turns per median (default: 9)")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for both sides

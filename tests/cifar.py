@@ -1,18 +1,18 @@
 """
-Judges a run on CIFAR by a classifier that has only seen real images, part by part:
+Judges each part of a run on CIFAR, with a classifier that has seen only real images:
 
     python tests/cifar.py --run runs/cifar
 
 Trains a small ResNet on the training images (the run keeps it in classifier.pt) and shows it 100 test images of each
-class: as they are; at the run's size; by Stage A; by Stage B from their own semantic latents, without captions, with
-them, and with guidance; then as many images that Stages C and B draw for these captions, without and with guidance. All
-are reduced to 32 px first. It prints a line for each of these, and writes to the run folder:
+class: as they are; at the run's size; reconstructed by Stage A; reconstructed by Stage B from their own semantic
+latents, without captions, with them, and with guidance; then as many images generated from the same captions, without
+and with guidance. All are reduced to 32 px first. It prints a line for each of these, and writes to the run folder:
 
-    cifar.json     the share that the classifier gives the right class; Fréchet distance, in its features, to as many
-                   other test images; `grid` and `border`, see there (those of the real images are at 32 px)
-    cifar.png      the first eight generated images of each class, a row per class, none chosen
-    nearest.png    the first of each class; the training image, or its mirror image, nearest to it in pixels; the
-                   training image nearest in features
+    cifar.json     the share of images that it classifies correctly; Fréchet distance, in its features, to as many
+                   other test images; what `grid` and `border` measure (for the real images, at 32 px)
+    cifar.png      the first eight generated images of each class, a row per class, uncurated
+    nearest.png    the first generated image of each class; the training image, or its mirror image, nearest to it in
+                   pixels; the training image nearest in features
 """
 
 import argparse
@@ -65,8 +65,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(network, images, labels, epochs=14, batch=64, lr=0.003):
-    """AdamW, one cycle, label smoothing. In each batch, every second image is mirrored, and all are moved by up to 4
-    pixels and lose a square of 8."""
+    """AdamW, a one-cycle schedule, label smoothing. In each batch, every second image is mirrored; all are moved by up
+    to 4 pixels, and a square of 8x8 pixels is made grey."""
     per_epoch = len(images) // batch
     steps = epochs * per_epoch
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.05)
@@ -89,7 +89,7 @@ def train_classifier(network, images, labels, epochs=14, batch=64, lr=0.003):
 
 
 def load(options, split):
-    """-> images (N, 32, 32, 3) in [0, 1], the second caption of each, "a cat" (N)"""
+    """-> images (N, 32, 32, 3) in [0, 1], the second caption of each, such as "a cat" (N)"""
     items = list_cifar(options["data"], Path(options["data_dir"]), collections.defaultdict(list))
     images, captions = zip(*items[split])
     return torch.from_numpy(np.stack(images)) / 255, [lines[1] for lines in captions]
@@ -97,8 +97,8 @@ def load(options, split):
 
 def grid(images):
     """How strongly dots repeat every four pixels, Stage A's stride, where an image is flattest: in the 16x16 pixels
-    that vary least, the power of waves 4 pixels long, in rows and columns, over that of their neighbours (8 and 2.7
-    pixels). (N, H, W, 3) -> number, below 1 for real images"""
+    that vary least, the power of horizontal and vertical waves 4 pixels long, divided by the geometric mean of the
+    powers of their neighbours, 8 and 2.7 pixels long. (N, H, W, 3) -> number, below 1 for real images"""
     patches = images.mean(dim=-1).unfold(1, 16, 4).unfold(2, 16, 4).flatten(1, 2)
     patches = patches[torch.arange(len(patches)), patches.var(dim=(2, 3)).argmin(dim=1)]
     window = torch.hann_window(16)
@@ -109,7 +109,8 @@ def grid(images):
 
 
 def border(images):
-    """How much brighter the outermost pixels are than those four pixels further in, of 255. (N, H, W, 3) -> number"""
+    """How much brighter the outermost pixels are than those four pixels further in, in steps of 1/255.
+    (N, H, W, 3) -> number"""
     rings = [torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], dim=1) for x in (images, images[:, 4:-4, 4:-4])]
     return 255 * (rings[0].mean() - rings[1].mean()).item()
 
@@ -118,13 +119,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Judge a run on CIFAR.")
     parser.add_argument("--run", default="runs/cifar", help="run folder (default: runs/cifar)")
     parser.add_argument("--count", type=number(int, 1, 10_000), default=100,
-                        help="images of each class (default: 100; at most half of the test images)")
+                        help="images of each class (default: 100; at most half of the class's test images)")
     parser.add_argument("--cfg", type=float, help="guidance scale of Stage C (default: the run's)")
     parser.add_argument("--cfg-b", type=float, help="guidance scale of Stage B (default: the run's)")
     args = parser.parse_args(argv)
     folder, options = Path(args.run), read_options(args.run)
     if options.get("data") not in CIFAR:
-        raise UserError(f"{folder} is no run on CIFAR")
+        raise UserError(f"{folder} is not a run on CIFAR")
     (real, names), (test, test_names) = load(options, "train"), load(options, "test")
     classes = sorted(set(names))
     labels, test_labels = (torch.tensor([classes.index(name) for name in some]) for some in (names, test_names))

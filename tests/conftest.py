@@ -15,10 +15,10 @@ sys.path.insert(0, str(HERE))
 import train  # noqa: E402
 
 SMALL = ["--image-size", "64", "--steps", "4", "--batch-size", "8", "--cache", "64", "--save-every", "4"]
-SECONDS = 300  # that a test may take, and its fixtures
+SECONDS = 300  # limit for a test, and for its fixtures
 
 
-# Where the suite runs in the background, Ctrl-C may be ignored, also by the processes that it starts.
+# If the suite runs in the background, Ctrl-C may be ignored, also in the processes that it starts: undo that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

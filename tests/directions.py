@@ -1,18 +1,18 @@
 """
-Variations on the paper, mostly what its authors leave for later work, each tried once in miniature: Shapes at 64 px, on
-the text encoder and Stage A of the model that comes with the code.
+Variations on the paper, mostly what its authors leave for later work, each tried once in miniature: Shapes at 64 px,
+with the text encoder and Stage A of the model that comes with the code.
 
-    python tests/directions.py tokens        version 1's Stage B: as published, and what makes it read the cells
+    python tests/directions.py tokens        version 1's Stage B: as published, and with changes that make it work
     python tests/directions.py positions     version 2's Stage B, seeing the semantic latents by attention alone
-    python tests/directions.py quantized     semantic latents of 625 codes, which Stage C predicts
+    python tests/directions.py quantized     semantic latents rounded to one of 625 codes per cell; C predicts the codes
     python tests/directions.py steps         fewer steps of Stage B (128 px)
     python tests/directions.py upsampling    Stage B at 128 px, from the semantic latents of images of 64 px
     python tests/directions.py text          Stage B trained without captions
 
-`tokens` took 86 minutes of one core (AMD EPYC, Zen 3), `positions` 40, the others less. Each writes
-tests/directions/NAME.json, with a chart or a sheet of images beside it. Everything is seeded. The recipe is that of the
-preset quick, with --steps for Stage B. Runs stay in --run, and are not trained again: give another folder if you change
-something.
+`tokens` took 86 minutes on one core (AMD EPYC, Zen 3), `positions` 40, the others less. Each writes
+tests/directions/NAME.json, with a plot or a sheet of images beside it. Everything is seeded. The recipe is that of the
+preset quick, except that Stage B takes --steps steps. Runs stay in --run, and are not trained again: give another
+folder if you change something.
 """
 
 import argparse
@@ -46,7 +46,7 @@ COUNT = 256  # test images and captions
 
 def start_run(folder, image_size, **changes):
     """A new run with the text encoder and Stage A of the model that comes with the code; B's sizes as in the preset
-    quick, but for `changes` of the Config"""
+    quick, except for `changes` to the Config"""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(MODEL / "tokenizer", folder / "tokenizer")
     config = Config.from_dict(json.loads((MODEL / "config.json").read_text()))
@@ -56,19 +56,19 @@ def start_run(folder, image_size, **changes):
     options = json.loads((MODEL / "options.json").read_text())
     (folder / "options.json").write_text(json.dumps(options | dict(image_size=image_size, preset="quick")))
     weights = torch.load(MODEL / "a.pt", weights_only=True)
-    weights["a"]["scale"] *= image_size / 128  # as train.set_scale has it
+    weights["a"]["scale"] *= image_size / 128  # as train.set_scale does
     torch.save(weights, folder / "a.pt")
     weights = torch.load(MODEL / "text.pt", weights_only=True)
     trained = {name: x for name, x in weights["compressor"].items() if name.startswith("backbone")}
-    weights["compressor"] = SemanticCompressor(config).state_dict() | trained  # its ends depend on semantic_channels
+    weights["compressor"] = SemanticCompressor(config).state_dict() | trained  # the last layers need semantic_channels
     torch.save(weights, folder / "text.pt")
 
 
 def train_and_judge(args, name, patches=None, steps=None, stages="bc", image_size=64, **changes):
-    """Trains Stage B with its compressor and Stage C on it, or B alone, in a new run, with some classes and functions
-    replaced: patches: {"module.name": what takes its place}. -> the share of whole captions right in images that B
-    reconstructs from the semantic latents alone ("reconstructed"), and in images generated; the PSNR of the
-    reconstructed ones; all of these images; the model"""
+    """In a new run, trains Stage B with its compressor, and then Stage C unless stages="b"; loads the run if it exists.
+    patches: {"module.name": the class or function that replaces it}. -> "reconstructed", the share of images that match
+    their whole caption when B reconstructs them from the semantic latents alone, "generated", the same for generated
+    images, and "PSNR" of the reconstructed ones; all of these images; the model"""
     with contextlib.ExitStack() as stack:
         for target, other in (patches or {}).items():
             stack.enter_context(mock.patch(target, other))
@@ -91,7 +91,8 @@ def train_and_judge(args, name, patches=None, steps=None, stages="bc", image_siz
 
 def compare(args, name, tries):
     """tries: {what: arguments of `train_and_judge`}; no arguments mean version 2, which is trained once for all
-    commands. -> results, and a sheet: test images, then a row of each kind for each try; the models"""
+    commands. -> results; a sheet: test images, then, for each try, a reconstructed and (with C) a generated row; the
+    models"""
     (images, captions), results, rows, models = test_set(8, 64), {}, [], []
     for what, options in tries.items():
         folder = f"{name}_{len(results)}" if options else "v2"
@@ -111,7 +112,7 @@ class MapperWithPlaces(nn.Linear):
     def __init__(self, config):
         super().__init__(config.semantic_channels, config.b.cond_width)
         self.places = nn.Parameter(torch.randn(config.cells, config.cells, config.b.cond_width))
-        nn.init.normal_(self.weight, std=config.semantic_channels**-0.5)  # the variance of the places
+        nn.init.normal_(self.weight, std=config.semantic_channels**-0.5)  # gives cells the same variance as places
 
     def forward(self, semantic):
         return super().forward(semantic) + self.places
@@ -146,7 +147,7 @@ def positions(args):
 
 
 class EmbedWithPlaces(nn.Linear):
-    """Stage B's first Linear, which also adds to each place of the U-Net's input a learned vector."""
+    """Stage B's first Linear, which also adds a learned vector to each position of the U-Net's input."""
 
     def __init__(self, config):
         cfg, side = config.b, config.image_size // 4 // config.b.patch
@@ -158,7 +159,7 @@ class EmbedWithPlaces(nn.Linear):
 
 
 class PlacedTokenStageB(TokenStageB):
-    """Attention knows where each cell lies, and where each place that looks at it."""
+    """Tells attention where each cell lies, and where each position of the U-Net lies that attends to it."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -192,8 +193,8 @@ def noisier_conditions(*given, conditions=train.noisy_conditions):
 
 
 def tokens(args):
-    """Version 1's Stage B as published, and with more and more changes: Stage B alone. Then with all of them and Stage
-    C, by 2500 steps of B, which take about as long as B's in the default run."""
+    """Trains version 1's Stage B alone: as published, then with more and more changes. Then with all of them and with
+    Stage C: 2500 steps of B, which take about as long as B's in the default run."""
     b = replace(PRESETS["quick"].b, token_width=128, sees_semantic=(False, False))
     places = dict(b=replace(b, heads=(4, 4)), stages="b", patches={"wuerstchen.TokenStageB": PlacedTokenStageB})
     late = places | dict(patches=places["patches"] | {"train.token_stage_b_loss": late_token_stage_b_loss})
@@ -213,7 +214,7 @@ LEVELS, CHANNELS = 5, 4  # 5^4 = 625 codes
 
 class QuantizedCompressor(SemanticCompressor):
     """Finite scalar quantization (Mentzer et al., 2023): each channel is rounded to -2, -1, 0, 1 or 2. The gradient
-    passes as if it were not."""
+    ignores the rounding."""
 
     def forward(self, images):
         e = 2 * super().forward(images).float().tanh()
@@ -231,7 +232,7 @@ def from_codes(codes):
 
 
 class TokenStageC(StageC):
-    """Stage C that predicts the codes of the cells, of which a share t has been replaced by random ones."""
+    """A Stage C that predicts the cells' codes. In its input, a share t of them has been replaced by random ones."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -249,7 +250,7 @@ class TokenStageC(StageC):
 
 
 def token_stage_c_loss(c, semantic, text, null_text):
-    """As `train.stage_c_loss`, with the noise and the loss of tokens."""
+    """Like `train.stage_c_loss`, but with the noise and the loss of tokens."""
     text = torch.where(train.bernoulli_mask(0.05, text), null_text, text)
     codes, t = to_codes(semantic), training_times(len(semantic), semantic.device)
     noisy, replaced = replace_tokens(codes, torch.randint_like(codes, LEVELS**CHANNELS), t)
@@ -259,7 +260,7 @@ def token_stage_c_loss(c, semantic, text, null_text):
 class QuantizedWuerstchen(Wuerstchen):
     @torch.no_grad()
     def sample_c(self, x, times, prompts, negative="", guidance=None, generator=None):
-        """As in Wuerstchen, but always with the config's guidance. Of `x` only the shape counts."""
+        """As in Wuerstchen, but always with the config's guidance. Only the shape of `x` is used."""
         start = (random_numbers(torch.rand, x.shape[:3], generator, x.device) * LEVELS**CHANNELS).long()
         conditions = self.c.encode_conditions(self.encode_text(add_negatives(prompts, negative), "c"))
         return from_codes(sample_tokens(self.c.predict_logits, start, times, conditions, self.config.guidance[0],
@@ -292,7 +293,7 @@ def quantized(args):
 @torch.no_grad()
 def steps(args):
     """The model that comes with the code, 128 px: the same semantic latents, of test images and generated by Stage C,
-    go through Stages B and A with fewer steps of B than its 12."""
+    go through Stages B and A with 1 to 12 steps of B (default: 12)."""
     model, (images, captions), seeds = Wuerstchen.load(MODEL), test_set(COUNT), list(range(COUNT))
     compressed, noise = in_batches(model.compress, images), generators(seeds, COUNT)
     generated = model.sample_c(normal_noise(compressed.shape, noise, "cpu"), model.times(None, "c"), captions,
@@ -311,7 +312,7 @@ def steps(args):
 
 def upsampling(args):
     """Stage B at 128 px, from the semantic latents of the same image, and from those of the image reduced to 64 px.
-    Rebuilt images are compared with both sizes."""
+    Reconstructed images are compared with the originals at both sizes."""
     def reduced(images, scale, rescaled=wuerstchen.rescaled):
         return rescaled(resize(resize(images, 64, 64), 128, 128), scale)
 

@@ -1,21 +1,20 @@
 """
 A lab: exercises in which you write the core of Würstchen yourself, and tests that grade them.
 
-    python tests/lab.py                          lists the exercises, and seven experiments with the trained run
-    python tests/lab.py start 3 8 10 --to DIR    copies the project to DIR, without the code of these exercises ("all")
+    python tests/lab.py                          lists the exercises and seven experiments with the trained model
+    python tests/lab.py start 3 8 10 --to DIR    copies the project to DIR, without these exercises' code (or "all")
     python tests/lab.py check [3 8]              in the copy: says what is right, what is wrong, and often why
-    python tests/lab.py solution 3               prints the reference
+    python tests/lab.py solution 3               prints the reference solution
     python tests/lab.py finale                   in the copy: trains Stage C with your noise, loss and sampler
 
-Each exercise is one to three functions whose code below the docstring was cut out. `check` calls yours with the inputs
-of a probe and compares the results with the reference's. If they are those of a known wrong answer, it prints the hint
-for it. It grades each exercise alone: the functions of all others are the reference's. If an exercise is used in
-generating, it also writes lab_N.png: the images of your version, above those of the reference.
+Each exercise is one to three functions whose code below the docstring was cut out. `check` runs yours on test inputs
+(the exercise's probe) and compares the results with the reference's. If they match those of a known wrong answer, it
+prints the hint for that answer. Each exercise is graded on its own: all others use the reference's functions. If the
+functions are needed to generate images, `check` also writes lab_N.png: images made with yours, above the reference's.
 
-The grading code comes first in this file, then the exercises. To add one, write a probe, and say which functions it
-asks for, with at least six wrong answers and three other right ones. The test suite proves that it fails when the
-functions are empty, that the reference passes, that every wrong answer fails with its own hint, and that the other
-right answers pass. """
+The grading code comes first in this file, then the exercises. To add one, write a probe under an `@exercise` that names
+the functions, at least six wrong answers and three other right ones. The test suite checks that empty functions fail,
+that the reference passes, that every wrong answer fails with its own hint, and that the other right answers pass."""
 
 import argparse
 import ast
@@ -33,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
-# A working copy keeps the files as they were here; the project itself is its own reference.
+# A working copy keeps the original files in tests/reference; the project itself is its own reference.
 REFERENCE = HERE / "tests" / "reference" if (HERE / "tests" / "reference").exists() else HERE
 FILES = ("tokenizer/__init__.py", "wuerstchen.py", "train.py", "sample.py")
 SECONDS = 60  # time limit for grading one exercise
@@ -50,14 +49,14 @@ import wuerstchen  # noqa: E402
 @dataclass
 class Exercise:
     title: str
-    file: str            # where it stands in the project
+    file: str            # the file with its functions
     names: tuple         # its functions, "Class.method" for methods
-    section: str         # of the paper
+    section: str         # of the paper; "CLIP": see the CLIP paper
     learned: str         # in a few words
     minutes: int
     wrong: dict          # hint: the edit of the reference, (old, new, old, new, ...), that gives the wrong answer
     same: tuple          # edits that give other right answers
-    draws: bool = False  # whether images show what is wrong
+    generates: bool = False  # whether `check` also generates images with it
     tolerance: float = 1e-4
     probe: callable = None  # module -> {what: value}, values that tell right from wrong answers
 
@@ -66,7 +65,7 @@ EXERCISES = []
 
 
 def exercise(*columns, **more):
-    """Makes the probe under it the next exercise."""
+    """Decorates a probe: makes an exercise of it, the next in the list."""
     return lambda probe: EXERCISES.append(Exercise(*columns, **more, probe=probe)) or probe
 
 
@@ -76,7 +75,7 @@ def exercise(*columns, **more):
 
 @functools.cache
 def find(source, name):
-    """The syntax tree's node of a function "f" or a method "Class.f". KeyError if it is not there."""
+    """The syntax-tree node of a function "f" or a method "Class.f". KeyError if there is none."""
     node = ast.parse(source)
     for part in name.split("."):
         node = {getattr(inner, "name", None): inner for inner in node.body}[part]
@@ -90,7 +89,7 @@ def body_of(source, name):
 
 
 def count_lines(source, *names):
-    """How many lines of code functions have below their docstrings -> "3 lines" """
+    """-> "3 lines": how many lines of code the functions have below their docstrings"""
     spans = [body_of(source, name) for name in names]
     lines = [line.strip() for first, last in spans for line in source.splitlines()[first - 1:last]]
     count = sum(bool(line) and not line.startswith("#") for line in lines)
@@ -112,13 +111,13 @@ def cut(source, number):
 
 
 def edited(task, edit):
-    """The reference file's text with an edit of the exercise's functions. ValueError unless it fits exactly once."""
+    """The reference file's text with the exercise's functions edited. ValueError unless each old part occurs once."""
     source = (REFERENCE / task.file).read_text("utf-8")
     for old, new in zip(edit[::2], edit[1::2]):
         spans = [body_of(source, name) for name in task.names]
         bodies = ["".join(source.splitlines(keepends=True)[first - 1:last]) for first, last in spans]
         if sum(body.count(old) for body in bodies) != 1:
-            raise ValueError(f"{task.title}: {old!r} does not stand in {', '.join(task.names)} exactly once")
+            raise ValueError(f"{task.title}: {old!r} must occur exactly once in {', '.join(task.names)}")
         body = next(body for body in bodies if old in body)
         source = source.replace(body, body.replace(old, new))
     return source
@@ -136,7 +135,7 @@ def module_of(task, source, path):
 
 
 def students(task):
-    """The module of the working copy, in which all other exercises are solved: an exercise is graded alone."""
+    """The working copy's module, but with the reference's functions for all other exercises, so one is graded alone."""
     module = module_of(task, (HERE / task.file).read_text("utf-8"), str(HERE / task.file))
     reference = module_of(task, (REFERENCE / task.file).read_text("utf-8"), task.file)
     for name in (name for other in EXERCISES if other is not task and other.file == task.file for name in other.names):
@@ -162,7 +161,7 @@ def known_answer(number, hint=None):
 
 
 def close(task, value, expected):
-    """Whether two results of a probe are equal, for tensors but for rounding."""
+    """Whether two results of a probe are equal; tensors may differ by rounding."""
     if not (torch.is_tensor(value) and torch.is_tensor(expected)):
         return type(value) is type(expected) and value == expected
     size = 1 + expected.double().nan_to_num(0, 0, 0).abs().max().item()
@@ -192,7 +191,7 @@ def judge(number, found):
 
 
 def grade(number):
-    """Prints how an exercise of the working copy went; generates with it. -> whether it is right"""
+    """Grades an exercise of the working copy, prints the result, and may generate images. -> whether it is right"""
     task = EXERCISES[number - 1]
     title = f"{number:3}  {{}}  {task.title}"
     try:
@@ -210,19 +209,19 @@ def grade(number):
     print(title.format("WRONG" if wrong else "right"))
     for line in [f"differs: {what}" for what in wrong] + [f"hint: {hint}" for hint in hints]:
         print(textwrap.fill(line, 100, initial_indent=" " * 7, subsequent_indent=" " * 9))
-    if task.draws:
+    if task.generates:
         try:
-            rows = [draw(module), draw(wuerstchen)]
+            rows = [generate_with(module), generate_with(wuerstchen)]
             sample.make_sheet(rows, CAPTIONS).save(f"lab_{number}.png")
             print(f"       lab_{number}.png: your images, above the reference's")
         except Exception as error:
-            print(f"       it can't generate images: {error!r}")
+            print(f"       your code can't generate images: {error!r}")
     return not wrong
 
 
 @functools.cache
 @torch.no_grad()
-def draw(module):
+def generate_with(module):
     """What the trained model generates with a module, the tokenizer's or wuerstchen.py's -> (3, H, W, 3) in [0, 1]"""
     model = getattr(module, "Wuerstchen", wuerstchen.Wuerstchen).load(HERE / "tests" / "shapes")
     if not hasattr(module, "Wuerstchen"):
@@ -238,7 +237,7 @@ noise = torch.randn
 
 
 def randomised(module):
-    """The module with all its parameters random: where training starts, zeros hide half of a network."""
+    """The module with random parameters: the zeros that training starts from would hide half of a network."""
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return module.eval()
@@ -256,13 +255,13 @@ def small_config(m):
     "Byte-pair encoding: merge, and encode a word", "tokenizer/__init__.py", ("merge", "Tokenizer.encode_piece"),
     "CLIP", "how text becomes tokens", 15,
     wrong={
-        "a symbol that has been merged can't be merged again: go on after the pair":
+        "in one pass, a symbol is merged only once: go on after the pair":
             ("i += 2", "i += 1"),
         "all occurrences are merged, not only the first":
             ("i += 2", "return merged + symbols[i + 2:]"),
         "a pair has an order: (a, b) is not (b, a)":
             ("tuple(symbols[i:i + 2]) == pair", "sorted(symbols[i:i + 2]) == sorted(pair)"),
-        "the last symbol is lost when it is not part of a pair":
+        "yours loses the last symbol when it is not part of a pair":
             ("while i < len(symbols):", "while i < len(symbols) - 1:"),
         "of the pairs in the word, take the one that was learned first, not the leftmost":
             ("min(known, key=self.ranks.get)", "known[0]"),
@@ -279,7 +278,7 @@ def small_config(m):
         ("while known := [pair for pair in zip(symbols, symbols[1:]) if pair in self.ranks]:\n"
          "            symbols = merge(symbols, min(known, key=self.ranks.get))",
          "for pair in self.ranks:\n            symbols = merge(symbols, pair)"),
-    ), draws=True)
+    ), generates=True)
 def byte_pairs(m):
     learned = [("e", "r</w>"), ("l", "o"), ("lo", "w</w>"), ("o", "w"), ("n", "e"), ("w", "er</w>"), ("lo", "w"),
                ("x", "y"), ("z", "x"), ("s", "t"), ("st", "u"), ("u", "v</w>")]
@@ -289,14 +288,15 @@ def byte_pairs(m):
     return {f"merge({word}, {pair})": m.merge(list(word), tuple(pair))
             for word, pair in (("aaabaa", "aa"), ("abbaab", "ab"), ("abcab", "xy"), ("aaaa", "aa"))} | {
         f"encode_piece({word})": [tokenizer.tokens[i] for i in tokenizer.encode_piece(word)]
-        for word in ("low", "lower", "newer", "slowlow", "zxyq", "stuv", "a")} | {"the list given to merge": given}
+        for word in ("low", "lower", "newer", "slowlow", "zxyq", "stuv", "a")} | {
+            "the list given to merge, which must not change": given}
 
 
 @exercise(
     "Byte-pair encoding: learn the merges", "tokenizer/__init__.py", ("Tokenizer.train",), "CLIP",
     "where a vocabulary comes from (counting all pairs again after each merge is fast enough)", 25,
     wrong={
-        "a pair counts as often as its word occurs in the captions":
+        "count a word's pairs once for each time the word occurs in the captions":
             ("for symbols, n in words:\n            for", "for symbols, n in [(symbols, 1) for symbols, _ in words]:\n"
                                                            "            for"),
         "of equally frequent pairs, take the one that sorts first, not the one seen first":
@@ -305,9 +305,9 @@ def byte_pairs(m):
             ("min(counts, key=lambda pair: (-counts", "max(counts, key=lambda pair: (counts"),
         "a pair that occurs once is not worth a token":
             ("counts[best] < 2", "counts[best] < 1"),
-        "after a merge, the pairs that it replaced are no longer there":
+        "after a merge, no longer count the pairs that it replaced":
             ("counts[pair] -= n", "pass"),
-        "after a merge, the new symbol has neighbours: they are pairs too":
+        "after a merge, also count the pairs of the new symbol and its neighbours":
             ("for pair in zip(merged, merged[1:]):\n                        counts[pair] += n", "pass"),
         "stop after `merges` merges: yours makes one more":
             ("len(learned) < merges", "len(learned) <= merges"),
@@ -316,11 +316,11 @@ def byte_pairs(m):
              "[START, END, *ALPHABET, *(left + right for left, right in learned)]"),
         "START and END are whole tokens: no merges within them":
             (" if piece not in (START, END)]", "]"),
-        "pairs are counted within pieces, never across words":
+        "pairs are counted within pieces, never across them":
             ("split(caption, repair=True)", "[caption]"),
-        "split with repair: \"&amp;\" is \"&\"":
+        "split with repair=True: \"&amp;\" becomes \"&\"":
             ("split(caption, repair=True)", "split(caption)"),
-        "the tokenizer must repair the text that it encodes as well":
+        "the tokenizer must also repair the text that it encodes: repair=True":
             ("learned, length, repair=True, seen", "learned, length, seen"),
         "the tokenizer must have the length that was asked for":
             ("learned, length, repair=True, seen", "learned, repair=True, seen"),
@@ -360,9 +360,9 @@ def learning_merges(m):
     found["length"], found["repair"] = tokenizer.length, tokenizer.repair
     try:
         m.Tokenizer.train("a red star")
-        found["one str instead of a list"] = "no error"
+        found["TypeError for one str instead of a list"] = "no error"
     except TypeError:
-        found["one str instead of a list"] = "TypeError"
+        found["TypeError for one str instead of a list"] = "TypeError"
     return found
 
 
@@ -371,13 +371,13 @@ def learning_merges(m):
     "norms over space, not over channels", 5,
     wrong={
         "yours takes the norm over channels; GRN takes it over space, H and W": ("dim=(1, 2)", "dim=-1"),
-        "each image has its own norms: not over the batch": ("dim=(1, 2)", "dim=(0, 1, 2)"),
+        "each image has its own norms: don't sum over the batch": ("dim=(1, 2)", "dim=(0, 1, 2)"),
         "the norm is over H and W: yours is over H only": ("dim=(1, 2)", "dim=1"),
         "G is divided by its mean over channels, not by its sum": ("norm.mean(dim=-1", "norm.sum(dim=-1"),
         "G is the L2 norm: the root is missing": (".sqrt()", ""),
         "G is the L2 norm, not the sum of absolute values": ("(y * y).sum", "y.abs().sum", ".sqrt()", ""),
         "x itself is missing: out = gamma·(x·N) + beta + x": ("(1 + self.gamma * response)", "(self.gamma * response)"),
-        "G is not divided by its mean": (" / (norm.mean(dim=-1, keepdim=True) + 1e-6)", ""),
+        "the division of G by its mean is missing": (" / (norm.mean(dim=-1, keepdim=True) + 1e-6)", ""),
         "gamma scales only x·N, not x": ("1 + self.gamma * response", "self.gamma * (1 + response)"),
         "beta is missing": (" + self.beta.to(x.dtype)", ""),
     },
@@ -386,7 +386,7 @@ def learning_merges(m):
         ("(y * y).sum(dim", "(y * y).mean(dim"),
         ("x * (1 + self.gamma * response).to(x.dtype) + self.beta.to(x.dtype)",
          "self.gamma * x * response + self.beta + x"),
-    ), draws=True)
+    ), generates=True)
 def grn(m):
     module, x = randomised(m.GlobalResponseNorm(3)), noise(2, 4, 5, 3) * torch.tensor([0.5, 1, 3])
     out = module(x.requires_grad_())
@@ -395,7 +395,7 @@ def grn(m):
 
 @exercise(
     "Time: its embedding, and TimestepBlock", "wuerstchen.py", ("time_embedding", "TimestepBlock.forward"), "E.2, E.3",
-    "how a network learns the time", 10,
+    "how a network is told the time", 10,
     wrong={
         "the frequencies end at 1/10,000: divide k by width/2 − 1, not by width/2": ("(half - 1)", "half"),
         "t is in [0, 1]: multiply it by 10,000 first": ("t[:, None] * 10000 *", "t[:, None] *"),
@@ -403,12 +403,12 @@ def grn(m):
         "all sines, then all cosines; yours alternate": ("torch.cat([angles.sin(), angles.cos()], dim=1)",
                                                         "torch.stack([angles.sin(), angles.cos()], 2).flatten(1)"),
         "frequencies fall from 1: the exponent is negative": ("-math.log", "math.log"),
-        "x is multiplied by 1 + scale, not by scale: if both are 0, the block does nothing":
+        "x is multiplied by 1 + scale, not by scale: if scale and shift are 0, x is unchanged":
             ("x * (1 + scale) + shift", "x * scale + shift"),
         "scale comes first, then shift": ("scale, shift = self", "shift, scale = self"),
         "the first half of the channels is scale, the second shift; yours alternate":
             (".chunk(2, dim=-1)", ".unflatten(-1, (-1, 2)).unbind(-1)"),
-        "shift is added": ("x * (1 + scale) + shift", "x * (1 + scale)"),
+        "shift is missing": ("x * (1 + scale) + shift", "x * (1 + scale)"),
     },
     same=(
         ("torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))",
@@ -416,7 +416,7 @@ def grn(m):
         ("x * (1 + scale) + shift", "x + x * scale + shift"),
         ("torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))",
          "torch.logspace(0, -4, half)"),
-    ), draws=True)
+    ), generates=True)
 def time_blocks(m):
     module, x = randomised(m.TimestepBlock(3, 8)), noise(2, 4, 5, 3)
     return {"time_embedding": m.time_embedding(torch.tensor([0.0, 0.001, 0.01, 0.02]), 8),
@@ -435,15 +435,15 @@ def time_blocks(m):
         "put the heads back beside each other: transpose before you flatten":
             ("attn_mask=mask).transpose(1, 2).flatten(2)", "attn_mask=mask).reshape(len(q), q.shape[2], -1)"),
         "the last Linear is missing": ("self.out(F.scaled", "(F.scaled"),
-        "the mask is not used": ("attn_mask=mask", "attn_mask=None"),
+        "yours ignores the mask": ("attn_mask=mask", "attn_mask=None"),
         "the mask is True where x may attend; yours is inverted": ("attn_mask=mask",
                                                                  "attn_mask=None if mask is None else ~mask"),
-        "yours is reversed: a token sees itself and those before it": (".tril()", ".triu()"),
-        "no token sees padding": ("causal & mask[:, None, None]", "causal.expand(len(ids), 1, -1, -1)"),
-        "a token does not see those after it": ("causal & mask[:, None, None]", "mask[:, None, None]"),
-        "padding is what can't be seen (keys), not what can't see (queries)":
+        "your causal mask is reversed: a token sees itself and those before it": (".tril()", ".triu()"),
+        "no token may see padding": ("causal & mask[:, None, None]", "causal.expand(len(ids), 1, -1, -1)"),
+        "a token must not see those after it": ("causal & mask[:, None, None]", "mask[:, None, None]"),
+        "mask the padding's keys, not its queries: padding must not be seen, but it may see":
             ("causal & mask[:, None, None]", "causal & (mask[:, None, :, None] | (torch.arange(ids.shape[1]) == 0))"),
-        "the positions are missing": (" + self.positions[: ids.shape[1]]", ""),
+        "the position embeddings are missing": (" + self.positions[: ids.shape[1]]", ""),
         "the last LayerNorm is missing": ("return self.norm(x)", "return x"),
     },
     same=(
@@ -453,7 +453,7 @@ def time_blocks(m):
         (".transpose(1, 2) for y in (q, k, v))", ".movedim(2, 1) for y in (q, k, v))"),
         ("torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()",
          "torch.arange(ids.shape[1])[:, None] >= torch.arange(ids.shape[1])"),
-    ), draws=True)
+    ), generates=True)
 def attention(m):
     module, encoder = randomised(m.Attention(8, 2)), randomised(m.TextEncoder(m.TextConfig(40, 6, 8, 2, 2, 16)))
     q, k, v, mask = noise(2, 5, 8), noise(2, 7, 8), noise(2, 7, 8), torch.rand(2, 1, 5, 7) < 0.6
@@ -466,7 +466,7 @@ def attention(m):
 
 @exercise(
     "AttnBlock: self- and cross-attention in one", "wuerstchen.py", ("AttnBlock.keys_values", "AttnBlock.forward"),
-    "E.2, E.3", "how text enters the image", 15,
+    "E.2, E.3", "how text enters Stages B and C", 15,
     wrong={
         "the SiLU is missing": ("self.kv(F.silu(text))", "self.kv(text)"),
         "the SiLU comes before the Linear": ("self.kv(F.silu(text))", "F.silu(self.kv(text))"),
@@ -490,7 +490,7 @@ def attention(m):
          "torch.cat([self.attention.v(h), text_kv[1]], dim=1)", "torch.cat([text_kv[1], self.attention.v(h)], dim=1)"),
         (".view_as(x)", ".unflatten(1, x.shape[1:3])"),
         ("self.norm(x).flatten(1, 2)", "F.layer_norm(x.flatten(1, 2), x.shape[-1:], eps=1e-6)"),
-    ), draws=True)
+    ), generates=True)
 def attn_block(m):
     block, x = randomised(m.AttnBlock(8, 6, heads=2)), noise(2, 3, 4, 8) + 1
     text_kv = noise(2, 5, 8), noise(2, 5, 8)
@@ -503,9 +503,9 @@ def attn_block(m):
     "CLIP: one vector per caption, and the contrastive loss", "wuerstchen.py",
     ("CLIP.embed_text", "CLIP.compare", "contrastive_loss"), "CLIP", "how a text encoder is trained", 20,
     wrong={
-        "one too far: the caption's last token has the index mask.sum() − 1":
+        "one position too far: the caption's last token has the index mask.sum() − 1":
             ("mask.sum(dim=1) - 1", "mask.sum(dim=1)"),
-        "the last position is padding: take the caption's own end token":
+        "the last position may be padding: take the caption's own end token":
             ("mask.sum(dim=1) - 1", "torch.full((len(ids),), -1)"),
         "take the end token, not the mean over tokens":
             ("[torch.arange(len(ids), device=ids.device), end]", ".mean(dim=1)"),
@@ -516,15 +516,15 @@ def attn_block(m):
         "multiply by the scale, don't divide": ("self.logit_scale.exp().clamp(max=100)",
                                                "1 / self.logit_scale.exp().clamp(max=100)"),
         "the scale is at most 100": (".clamp(max=100)", ""),
-        "both directions: the images for each caption are missing":
+        "the second cross-entropy is missing: each caption among the images":
             ("(F.cross_entropy(logits, per_image) + F.cross_entropy(logits[:, :B].T, per_caption)) / 2",
              "F.cross_entropy(logits, per_image)"),
-        "both directions: the captions for each image are missing":
+        "the first cross-entropy is missing: each image among all captions":
             ("(F.cross_entropy(logits, per_image) + F.cross_entropy(logits[:, :B].T, per_caption)) / 2",
              "F.cross_entropy(logits[:, :B].T, per_caption)"),
-        "average the two directions, don't add them": ("per_caption)) / 2", "per_caption))"),
-        "transpose the logits for the second direction": ("logits[:, :B].T", "logits[:, :B]"),
-        "if captions are equal, each counts as a right answer": ("(ids[:B, None] == ids[None]).all(dim=-1).float()",
+        "average the two cross-entropies, don't add them": ("per_caption)) / 2", "per_caption))"),
+        "transpose the logits for the second cross-entropy": ("logits[:, :B].T", "logits[:, :B]"),
+        "if captions are identical, all of them count as correct": ("(ids[:B, None] == ids[None]).all(dim=-1).float()",
                                                   "torch.eye(B, len(ids))"),
         "hard negatives also compete in the cross-entropy for each image":
             ("F.cross_entropy(logits, per_image)",
@@ -557,7 +557,7 @@ def clip(m):
 
 @exercise(
     "The quantizer of Stage A", "wuerstchen.py", ("Quantizer.forward",), "3.1, E.1",
-    "gradients through a choice that has none", 15,
+    "gradients through argmin, which has none", 15,
     wrong={
         "the nearest entry has the smallest distance": (".argmin(dim=1)", ".argmax(dim=1)"),
         "0.25 belongs to the other term, the commitment": (
@@ -601,7 +601,7 @@ def quantizer(m):
 
 @exercise(
     "Stage C's prediction of the noise", "wuerstchen.py", ("StageC.predict_eps",), "3.2, E.3",
-    "a network that starts with the right answer for t near 1", 10,
+    "a network that is nearly right near t = 1 before any training", 10,
     wrong={
         "1 − b can be negative: take its absolute value": ("(1 - b.float()).abs()", "(1 - b.float())"),
         "that is Stage B's b, with a sigmoid": ("((1 - b.float()).abs() + 1e-5)",
@@ -611,14 +611,14 @@ def quantizer(m):
         "1e-5 is missing: |1 − b| can be 0": (" + 1e-5", ""),
         "the last LayerNorm is missing": ("self.out(self.out_norm(h))", "self.out(h)"),
         "divide by |1 − b|, not by |b|: with a = b = 0, eps is x": ("(1 - b.float()).abs()", "b.float().abs()"),
-        "the time is not used": ("time_embedding(t,", "time_embedding(0 * t,"),
-        "yours predicts a; eps follows from it": ("return (x - a) / ((1 - b.float()).abs() + 1e-5)", "return a"),
+        "yours ignores the time": ("time_embedding(t,", "time_embedding(0 * t,"),
+        "yours returns a; eps follows from a and b": ("return (x - a) / ((1 - b.float()).abs() + 1e-5)", "return a"),
     },
     same=(
         ("(1 - b.float()).abs()", "(b - 1).abs()"),
         (".chunk(2, dim=-1)", ".split(x.shape[-1], dim=-1)"),
         ("(x - a) / ((1 - b.float()).abs() + 1e-5)", "torch.div(x, (1 - b).abs() + 1e-5) - a / ((1 - b).abs() + 1e-5)"),
-    ), draws=True)
+    ), generates=True)
 def stage_c(m):
     stage = randomised(m.StageC(small_config(m)))
     x, t, found = noise(2, 3, 3, 4), torch.tensor([0.3, 0.9]), {}
@@ -638,7 +638,7 @@ def stage_c(m):
     "how much of the image is left at time t", 10,
     wrong={
         "ᾱ is clamped to [0.0001, 0.9999]": (".clamp(0.0001, 0.9999)", ""),
-        "the cosine is squared": ("torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2",
+        "square the cosine": ("torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2",
                                   "torch.cos((t + s) / (1 + s) * math.pi / 2)"),
         "divide by the value at t = 0": (" / start)", ")"),
         "the offset s is missing": ("s = 0.008", "s = 0.0"),
@@ -646,7 +646,7 @@ def stage_c(m):
         "the signal is scaled by √ᾱ, not by ᾱ": ("signal.sqrt() * x0", "signal * x0"),
         "the noise is scaled by √(1 − ᾱ), not by 1 − ᾱ": ("(1 - signal).sqrt() * eps", "(1 - signal) * eps"),
         "the noise is scaled by √(1 − ᾱ), not by 1 − √ᾱ": ("(1 - signal).sqrt() * eps", "(1 - signal.sqrt()) * eps"),
-        "x0 and eps are exchanged": ("signal.sqrt() * x0 + (1 - signal).sqrt() * eps",
+        "x0 and eps are swapped": ("signal.sqrt() * x0 + (1 - signal).sqrt() * eps",
                                      "signal.sqrt() * eps + (1 - signal).sqrt() * x0"),
         "each image has its own time": ("alpha_bar(t).view(-1,", "alpha_bar(t)[:1].view(-1,"),
     },
@@ -655,7 +655,7 @@ def stage_c(m):
          "((1 + torch.cos((t + s) / (1 + s) * math.pi)) / (1 + math.cos(s / (1 + s) * math.pi)))"),
         ("alpha_bar(t).view(-1, *[1] * (x0.dim() - 1))", "alpha_bar(t).reshape((-1,) + (1,) * (x0.ndim - 1))"),
         (".clamp(0.0001, 0.9999)", ".maximum(torch.tensor(1e-4)).minimum(torch.tensor(0.9999))"),
-    ), draws=True, tolerance=1e-5)
+    ), generates=True, tolerance=1e-5)
 def noising(m):
     t = torch.tensor([0.3, 0.8])
     return {"alpha_bar": m.alpha_bar(torch.linspace(0, 1, 11)),
@@ -666,18 +666,18 @@ def noising(m):
 
 @exercise(
     "The loss with the P2 weight", "wuerstchen.py", ("diffusion_loss",), "3.2",
-    "which times count; where paper and code differ", 10,
+    "which times count most; where paper and code differ", 10,
     wrong={
         "(1 − ᾱ)/(1 + ᾱ) is what the paper prints; the authors' code, which trained the published weights, has 1 − ᾱ":
             ("(1 - alpha_bar(t)) *", "(1 - alpha_bar(t)) / (1 + alpha_bar(t)) *"),
         "the weight is missing": ("(1 - alpha_bar(t)) * ", ""),
-        "the weight is 1 − ᾱ, more for noisy images": ("(1 - alpha_bar(t)) *", "alpha_bar(t) *"),
+        "the weight is 1 − ᾱ: larger for noisier images": ("(1 - alpha_bar(t)) *", "alpha_bar(t) *"),
         "that is the signal-to-noise ratio; P2 divides by 1 + ratio": ("(1 - alpha_bar(t)) *",
                                                                       "alpha_bar(t) / (1 - alpha_bar(t)) *"),
-        "weight each image's own error, then take the mean": ("(1 - alpha_bar(t)) *", "(1 - alpha_bar(t)).mean() *"),
-        "the mean over pixels and channels, not the sum": (".mean(dim=1)", ".sum(dim=1)"),
-        "the error is squared": (".square()", ".abs()"),
-        "divide by the number of images, not by the sum of the weights": (
+        "each image has its own weight, not the batch's mean": ("(1 - alpha_bar(t)) *", "(1 - alpha_bar(t)).mean() *"),
+        "the mean over positions and channels, not the sum": (".mean(dim=1)", ".sum(dim=1)"),
+        "square the error": (".square()", ".abs()"),
+        "the weights are not normalised: don't divide by their mean": (
             "return ", "return (1 / (1 - alpha_bar(t)).mean()) * "),
         "each image's error is multiplied by its own factor too": ("factor * ", ""),
     },
@@ -696,7 +696,7 @@ def p2(m):
 
 
 @exercise(
-    "One step back: DDPM and DDIM", "wuerstchen.py", ("predict_x0", "ddpm_step", "ddim_step"), "3.3",
+    "One sampling step: DDPM and DDIM", "wuerstchen.py", ("predict_x0", "ddpm_step", "ddim_step"), "3.3",
     "from noise towards the image", 20,
     wrong={
         "x0: divide by √ᾱ": ("(x - (1 - signal).sqrt() * eps) / signal.sqrt()", "(x - (1 - signal).sqrt() * eps)"),
@@ -709,10 +709,10 @@ def p2(m):
         "std: the square root is missing": ("(1 - now)).sqrt()", "(1 - now))"),
         "mean: divide by √α": (" / alpha.sqrt()", ""),
         "mean: eps is divided by √(1 − ᾱ(t))": ("eps / (1 - now).sqrt()", "eps / (1 - now)"),
-        "DDIM: the noise and the signal are those of t_next, not of t": ("after = alpha_bar(t_next)\n    return",
+        "DDIM: √ᾱ and √(1 − ᾱ) are those of t_next, not of t": ("after = alpha_bar(t_next)\n    return",
                                                                        "after = alpha_bar(t)\n    return"),
-        "DDIM: eps is added back, for t_next": (" + (1 - after).sqrt() * eps", ""),
-        "DDIM: x0 counts with √ᾱ, eps with √(1 − ᾱ)": (
+        "DDIM: the noise that x has at t_next is missing": (" + (1 - after).sqrt() * eps", ""),
+        "DDIM: x0 is multiplied by √ᾱ, eps by √(1 − ᾱ)": (
             "after.sqrt() * predict_x0(x, eps, t) + (1 - after).sqrt() * eps",
             "(1 - after).sqrt() * predict_x0(x, eps, t) + after.sqrt() * eps"),
     },
@@ -722,7 +722,7 @@ def p2(m):
          "+ alpha.sqrt() * (1 - after) * x) / (1 - now)"),
         ("std * z * (t_next != 0)", "(std * z if t_next > 0 else 0)"),
         ("(x - (1 - signal).sqrt() * eps) / signal.sqrt()", "x / signal ** 0.5 - (1 / signal - 1) ** 0.5 * eps"),
-    ), draws=True)
+    ), generates=True)
 def steps(m):
     x, eps, z = noise(2, 3, 3, 4), noise(2, 3, 3, 4), noise(2, 3, 3, 4)
     found = {}
@@ -736,7 +736,7 @@ def steps(m):
 
 @exercise(
     "The sampling loop, with classifier-free guidance", "wuerstchen.py", ("guided", "sample"), "3.3",
-    "how the whole model generates", 25,
+    "how the model generates images", 25,
     wrong={
         "guidance is reversed: it must lead to the conditional prediction": ("torch.lerp(unconditional, conditional,",
                                                                             "torch.lerp(conditional, unconditional,"),
@@ -744,7 +744,7 @@ def steps(m):
             ("torch.cat([x, x])", "x.repeat_interleave(2, dim=0)"),
         "with guidance 1, only the conditional prediction is left: your guidance is one too high":
             ("conditional, guidance)", "conditional, 1 + guidance)"),
-        "the network must know the time that x is at, t, not t_next":
+        "give the network the time of its input x, which is t, not t_next":
             ("guided(network, x, t, conditions", "guided(network, x, t_next, conditions"),
         "your loop stops one step before time 0": ("times[1:])", "times[1:-1])"),
         "return the last x, not the last x0": ("            x = after_step(x, x0, t_next)\n    return x",
@@ -753,18 +753,18 @@ def steps(m):
         "give after_step the x0 that was predicted before the step": (
             "        if after_step is not None:", "        x0 = predict_x0(x, eps, t_next)\n"
                                                    "        if after_step is not None:"),
-        "the noise comes from normal_noise with the generator: else a seed has no effect": (
+        "the noise comes from normal_noise with the generator: otherwise, a seed has no effect": (
             "normal_noise(x.shape, generator, x.device)", "torch.randn_like(x)"),
-        "each step has new noise": ("    for t, t_next in", "    z = normal_noise(x.shape, generator, x.device)\n"
+        "draw new noise for each step": ("    for t, t_next in", "    z = normal_noise(x.shape, generator, x.device)\n"
                                     "    for t, t_next in",
                                     "ddpm_step(x, eps, t, t_next, normal_noise(x.shape, generator, x.device))",
                                     "ddpm_step(x, eps, t, t_next, z)"),
-        "guidance below 1 is guidance too, 0 for example": ("conditional, guidance)", "conditional, max(1, guidance))"),
-        "after_step is never called": ("if after_step is not None:", "if False:"),
+        "a scale below 1, for example 0, is valid too": ("conditional, guidance)", "conditional, max(1, guidance))"),
+        "yours never calls after_step": ("if after_step is not None:", "if False:"),
         "draw the last step's noise too: Stage B goes on with the same generator": (
             "            x = ddpm_step(", "            if t_next == 0:\n                generator = None\n"
             "            x = ddpm_step("),
-        "an unknown sampler is a ValueError": ("raise ValueError(f\"unknown sampler {sampler}\")", "pass"),
+        "raise ValueError for an unknown sampler": ("raise ValueError(f\"unknown sampler {sampler}\")", "pass"),
     },
     same=(
         ("torch.lerp(unconditional, conditional, guidance)",
@@ -773,16 +773,16 @@ def steps(m):
         ("conditional, unconditional = network(torch.cat([x, x]), t.expand(2 * len(x)), conditions).chunk(2)",
          "B = len(x)\n    both = network(x.repeat(2, 1, 1, 1), t.repeat(2 * B), conditions)\n"
          "    conditional, unconditional = both[:B], both[B:]"),
-    ), draws=True)
+    ), generates=True)
 def sampling(m):
     def network(x, t, conditions):
         if t.shape != (len(x),):
-            raise ValueError(f"the network takes a time for each row of x, t ({len(x)},), not {tuple(t.shape)}")
+            raise ValueError(f"one time per row of x: t must have the shape ({len(x)},), not {tuple(t.shape)}")
         return 0.1 * x * t.view(-1, 1, 1, 1) + conditions.rows + 0.05 * t.view(-1, 1, 1, 1) ** 2
 
     def run(guidance, sampler="ddpm", **options):
         rows = torch.tensor([0.3, -0.2, 0.1, -0.4, 0.2, 0.05]).view(-1, 1, 1, 1)
-        conditions = types.SimpleNamespace(rows=rows[:3] if guidance == 1 else rows)  # of no type that could be cut
+        conditions = types.SimpleNamespace(rows=rows[:3] if guidance == 1 else rows)  # a type that can't be sliced
         torch.manual_seed(5)  # the global generator must not matter
         return m.sample(network, x, torch.tensor([1.0, 0.6, 0.3, 0.0]), conditions, guidance, generator.manual_seed(1),
                         sampler, **options)
@@ -791,8 +791,8 @@ def sampling(m):
     found = {f"{sampler}, guidance {guidance}": run(guidance, sampler)
              for guidance, sampler in itertools.product((1.0, 0.0, 0.5, 3.0), ("ddpm", "ddim"))}
     run(1.0)
-    found["the generator afterwards"] = torch.randn(3, generator=generator)
-    found["a changed x"] = run(2.0, after_step=lambda x, x0, t_next: seen.append((x, x0, t_next)) or 0.5 * x + 0.1)
+    found["the generator's next numbers"] = torch.randn(3, generator=generator)
+    found["with after_step"] = run(2.0, after_step=lambda x, x0, t_next: seen.append((x, x0, t_next)) or 0.5 * x + 0.1)
     found |= {f"{what} given to after_step": torch.stack(values)
               for what, values in zip(("x", "x0", "t_next"), zip(*seen))}
     try:
@@ -808,31 +808,31 @@ def sampling(m):
     "which conditions are dropped and noised, and why", 25,
     wrong={
         "Stage B's x0 is the latents divided by scale": ("x0 = latents / scale", "x0 = latents"),
-        "yours is inverted: 25% of the captions are dropped, not 75%": ("torch.where(drop_text, null_text, text)",
+        "yours is inverted: drop 25% of the captions, not 75%": ("torch.where(drop_text, null_text, text)",
                                                                 "torch.where(drop_text, text, null_text)"),
-        "no captions are dropped": ("torch.where(drop_text, null_text, text)", "text"),
+        "yours drops no captions": ("torch.where(drop_text, null_text, text)", "text"),
         "a dropped caption is replaced by the null caption, not by zeros":
             ("torch.where(drop_text, null_text, text)", "torch.where(drop_text, 0, text)"),
-        "zero after noising: noised zeros are not zero": (
+        "zero e after noising it: noised zeros are not zero": (
             "torch.where(drop_semantic, 0, semantic)", "semantic",
             "    noised = add_noise(", "    semantic = torch.where(bernoulli_mask(0.05, semantic), 0, semantic)\n"
             "    noised = add_noise("),
         "each choice needs a mask of its own": (
             "noise_semantic = bernoulli_mask(0.1, semantic)", "same = torch.rand(len(semantic), 1, 1, 1)\n"
             "    noise_semantic = (same < 0.1)", "bernoulli_mask(0.05, semantic)", "same < 0.05"),
-        "no semantic latents are zeroed": ("torch.where(drop_semantic, 0, semantic)", "semantic"),
-        "yours is inverted: 5% of the semantic latents are zeroed, not 95%":
+        "yours zeroes no semantic latents": ("torch.where(drop_semantic, 0, semantic)", "semantic"),
+        "yours is inverted: zero 5% of the semantic latents, not 95%":
             ("torch.where(drop_semantic, 0, semantic)",
              "torch.where(drop_semantic, semantic, 0)"),
         "semantic latents are noised only where there is a caption": (" & ~drop_text[..., None]", ""),
-        "no semantic latents are noised": ("torch.where(noise_semantic, noised, semantic)", "semantic"),
+        "yours noises no semantic latents": ("torch.where(noise_semantic, noised, semantic)", "semantic"),
         "semantic latents are noised to times in [0, 0.5], not in [0, 1]": (" / 2)\n", ")\n"),
-        "the times are those of Stage C; Stage B's are σ(0.5 + normal noise)":
+        "those are Stage C's times; Stage B's are sigmoid(0.5 + normal noise)":
             ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))", "training_times(len(x0), x0.device)"),
         "the loss has the factor 0.4/√(ᾱ(t) + 0.02)": ("predicted, t, factor)", "predicted, t)"),
         "the noise is normal (randn), not uniform (rand)": ("torch.randn_like(x0)", "torch.rand_like(x0)"),
         "the network is given x_t, not x0": ("b(add_noise(x0, eps, t), t,", "b(x0, t,"),
-        "the compressor learns from this loss: no detach, no no_grad": ("compressor(resized).float()",
+        "the compressor learns from this loss: use neither detach nor no_grad": ("compressor(resized).float()",
                                                                        "compressor(resized).float().detach()"),
     },
     same=(
@@ -880,35 +880,36 @@ def stage_b(m):
             "signal in noised e: deviation": signal_e.std() if len(signal_e) else torch.tensor(-1.0),
             "times: a quarter of the mean of their logit": mean(times) / 4,
             "times: deviation of their logit": times.std(),
-            "noise: mean": eps.mean(), "noise: deviation": eps.std(), "loss over the loss of what b was given":
+            "noise: mean": eps.mean(), "noise: deviation": eps.std(), "loss / loss expected for b's inputs":
             (loss / expected).detach(), "gradient of the compressor": (
                 torch.autograd.grad(loss, w)[0] / loss.detach() if loss.requires_grad else torch.tensor(0.0))}
 
 
 EXPERIMENTS = """
-Seven experiments with the trained model in tests/shapes, and what to expect. The last three ask about pictures of
-python tests/tour.py "a small blue square to the right of a big red circle", which writes tour/index.html.
+Seven experiments with the trained model in tests/shapes, and what to expect. The last three use pictures that this
+command writes, with tour/index.html: python tests/tour.py "a small blue square to the right of a big red circle"
 
 guidance    python tests/score.py --run tests/shapes --sweep --count 64
-            The first table, captions fully correct: none at 0, where Stage C has only the null caption; 89% at 1,
-            95 to 97% from 2 to 8; 58% at 16, which goes too far. Shapes' captions describe the image so completely
-            that guidance can add little.
+            First table, share of captions fully correct: 0% at guidance 0, where Stage C sees only the null caption;
+            89% at 1; 95 to 97% from 2 to 8; 58% at 16, which is too much. Shapes' captions describe the image so
+            completely that guidance can add little.
 steps       The second table of the same command: 28% with one step of Stage C, 92 to 98% from two on. Stage C
             generates only 144 numbers.
 B and C     python sample.py "a red star above a blue square" --out star.png
             python sample.py --vary star.png --count 6 --out vary.png
             python sample.py --vary star.png "a green circle" --count 6 --out told.png
-            Stage B decodes the same semantic latents six times: shapes and places stay, because Stage C has decided
-            them (appendix D). But no red star was shown in training, and without the caption some turn purple. Given
-            another caption, Stage B keeps colours and places; only the corners of the square become round.
+            Stage B decodes the same semantic latents six times: shapes and positions stay, because Stage C has decided
+            them (appendix D). But training showed no red star, and without the caption, some stars turn purple. Given
+            another caption, Stage B keeps colours and positions; only the corners of the square become round.
 null        python sample.py "a red star" --cfg 0 --count 12
-            Stage C generates as for the null caption: one or two objects of any shape. Stage B still reads the caption:
-            half of the images have something red.
-cells       tour/3_semantic_2.png: a cell in the middle of an edge is replaced by that of another image. What does one
-            cell decide? The colour of the object there, and sometimes part of its shape: the object reaches into other
-            cells, which still hold the old outline. The object at the other end of the image does not change.
+            With guidance 0, Stage C sees only the null caption and generates one or two objects of any shape. Stage B
+            still reads the caption: half of the images have something red.
+cells       tour/3_semantic_2.png: the middle cell of the top or bottom row is replaced by the same cell of another
+            image. What does one cell decide? The colour of the object there, and sometimes part of its shape: the
+            object reaches into other cells, which still hold the old outline. The object in the other half of the
+            image does not change.
 words       tour/6_attention_1.png: which words does Stage C's right cell attend to when it places the blue square?
-            Neither "blue" nor "square", but the "of a" after them; the left cell attends to the end token. The text
+            Neither "blue" nor "square", but "of a" in "right of a"; the left cell attends to the end token. The text
             encoder is causal: at "square" it cannot know yet that the square is to be on the right. Stage B attends to
             "square" and "circle" themselves (6_attention_3.png): the semantic latents have told it where they are.
 noise       tour/4_noise_1.png: at which time does noise in the semantic latents turn the image into another? Between
@@ -933,13 +934,13 @@ def start(numbers, folder):
     for number in numbers:
         path = folder / EXERCISES[number - 1].file
         path.write_text(cut(path.read_text("utf-8"), number), "utf-8")
-    print(f"{folder}: yours to write: {', '.join(map(str, numbers))}\n"
-          f"then, in {folder}: python tests/lab.py check")
+    print(f"{folder}: write exercises {', '.join(map(str, numbers))}\n"
+          f"then run in {folder}: python tests/lab.py check")
 
 
 def check(numbers):
     """Grades exercises one after the other, and stops at a loop that never ends. -> whether all are right"""
-    torch.set_num_threads(1)  # two gain nothing here, and lose much where another program keeps a core busy
+    torch.set_num_threads(1)  # two threads are no faster here, and much slower if another program keeps a core busy
     right = []
     for number in numbers:
         thread = threading.Thread(target=lambda: right.append(number) if grade(number) else None, daemon=True)
@@ -954,8 +955,8 @@ def check(numbers):
 
 
 def finale(count=96, options=("--steps", "300", "--cache", "4096")):
-    """Trains Stage C for a few minutes, on the compressor and Stage B that come with the code, with the working copy's
-    noise, loss and sampler in place of the reference's; generates with it, and prints its score."""
+    """Trains Stage C for a few minutes with the working copy's noise, loss and sampler in place of the reference's. The
+    other stages are those that come with the code. Then generates with all of them, and prints the score."""
     import score
     import train
     shipped = wuerstchen.Wuerstchen.load(HERE / "tests" / "shapes")
@@ -973,23 +974,24 @@ def finale(count=96, options=("--steps", "300", "--cache", "4096")):
     begun = time.time()
     train.main(["c", "--run", str(folder), *options])
     minutes, model = (time.time() - begun) / 60, wuerstchen.Wuerstchen.load(folder)
-    drawn = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(count)])
-    sample.make_sheet([drawn[:8], theirs], captions[:8]).save("lab_finale.png")
+    generated = score.in_batches(lambda some, seeds: model.generate(some, seed=seeds), captions, [*range(count)])
+    sample.make_sheet([generated[:8], theirs], captions[:8]).save("lab_finale.png")
     print("lab_finale.png: your images, above those of the model that comes with the code\n"
-          f"{score.check_all(drawn, captions)['whole']:.0%} of {count} captions fully correct after {minutes:.1f} "
+          f"{score.check_all(generated, captions)['whole']:.0%} of {count} captions fully correct after {minutes:.1f} "
           "minutes")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="list", choices=("list", "start", "check", "solution", "finale"))
-    parser.add_argument("numbers", nargs="*", help="of the exercises, or all (default for check: those of the copy)")
+    parser.add_argument("numbers", nargs="*",
+                        help="exercise numbers, or all (the default; for check in a copy: those that were cut out)")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the working copy goes: a new folder")
     args = parser.parse_intermixed_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")  # for ᾱ, on Windows too
     every = [str(number) for number in range(1, len(EXERCISES) + 1)]
     if not {*args.numbers} <= {*every, "all"}:
-        parser.error(f"the exercises have the numbers 1 to {len(every)}")
+        parser.error(f"the exercises are numbered 1 to {len(every)}")
     if args.command == "check" and not args.numbers and REFERENCE != HERE:
         args.numbers = (REFERENCE / "numbers.txt").read_text().split()
     chosen = [int(number) for number in every if number in args.numbers or args.numbers in ([], ["all"])]
@@ -997,7 +999,7 @@ def main(argv=None):
         for number, task in enumerate(EXERCISES, 1):
             lines = count_lines((REFERENCE / task.file).read_text("utf-8"), *task.names)
             print(f"{number:3}  {task.title}: {lines}, {task.minutes} minutes\n"
-                  f"     section {task.section}: {task.learned}\n     {task.file}: {', '.join(task.names)}")
+                  f"     paper: {task.section}; teaches {task.learned}\n     {task.file}: {', '.join(task.names)}")
         print(EXPERIMENTS)
     elif args.command == "start":
         if args.to is None or args.to.exists() or HERE in args.to.resolve().parents:

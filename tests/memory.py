@@ -1,12 +1,12 @@
 """
-What training on a folder of images takes in memory, whatever their number:
+How much memory training on a folder of images takes, for any number of images:
 
     python tests/memory.py 1000
     python tests/memory.py 100000
 
-Draws so many small images into a temporary folder, trains every stage on them for a few steps, with latents cached of
-all of them, and prints the peak of the memory that is the process's own. (Pages of mapped files, which the system takes
-back when it needs them, don't count.)
+Writes that many small images to a temporary folder, trains every stage on them for a few steps, with the latents of all
+of them cached, and prints the peak of the process's own memory. (Pages of mapped files, which the system takes back
+when it needs them, don't count.)
 """
 import re
 import sys
@@ -24,7 +24,7 @@ import train  # noqa: E402
 
 
 def watch(peak):
-    """Keeps the largest of this process's own memory so far, in MiB (Linux)."""
+    """Keeps in peak[0] the most memory that this process itself has used so far, in MiB (Linux)."""
     while True:
         used = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
         peak[0] = max(peak[0], int(used) / 1024)

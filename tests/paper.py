@@ -4,10 +4,10 @@ The paper's claims, measured in miniature on Shapes, with a finished default run
     python tests/paper.py baseline       Stage C on a trained B, against one U-Net on Stage A's latents (section 4, E.4)
     python tests/paper.py speed          seconds per image, by batch and image size (figure 4)
     python tests/paper.py compression    what is lost with 4x4, 2x2 and 1x1 semantic cells (section 3.4)
-    python tests/paper.py stages         Stage C's latents decoded without Stage B (appendix D)
-    python tests/paper.py size           steps that Stage C needs at another size, from trained weights and from none
+    python tests/paper.py stages         Stage C's semantic latents decoded with and without Stage B (appendix D)
+    python tests/paper.py size           steps that Stage C needs at another size, from trained and from new weights
 
-Each takes at most half an hour on two CPU cores and writes tests/paper/NAME.json, with a chart or a sheet of images
+Each takes at most half an hour on two CPU cores and writes tests/paper/NAME.json, with a plot or a sheet of images
 beside it. Everything is seeded. Stages B and C are trained by train.py, in folders paper_* beside the default run's.
 """
 
@@ -86,8 +86,8 @@ UNET_STEPS = 30  # to generate an image
 
 
 def make_baseline(config):
-    """Stage B's network without semantic latents. The channels that it has more than Stage B are at the lower
-    resolutions, where a parameter costs least time."""
+    """Stage B's network without semantic latents. The channels that it has in addition to Stage B's are at the lower
+    resolutions, where a parameter costs the least time."""
     config = copy.deepcopy(config)
     config.b.channels, config.b.sees_semantic = (64, 256, 328), (False,) * 3
     return StageB(config)
@@ -105,8 +105,8 @@ def generate_baseline(model, network, text_encoder, captions, seeds, steps=UNET_
 
 
 def train_baseline(folder, steps):
-    """As Stage B: the recipe, the scale of the latents, the times. As Stage C: the text encoder is trained too, and 5%
-    of the captions are dropped."""
+    """As in Stage B: the recipe, the scale of the latents, the distribution of t. As in Stage C: the text encoder is
+    trained too, and 5% of the captions are dropped."""
     args = train.parse_args(["--run", str(folder), "--device", "cpu", "--steps", str(steps)])
     run = train.Run(args, train.open_data(args))
     model = run.model = Wuerstchen.load(folder, ("text", "a"))
@@ -127,8 +127,8 @@ def train_baseline(folder, steps):
 
 @contextlib.contextmanager
 def watch(measure, times=5):
-    """While this is open, train.fit makes no sheets. Instead it calls measure(run.model, averaged network) about
-    `times` times. -> a growing list of (seconds of training, without those of measuring; what was measured)"""
+    """In this context, train.fit makes no sheets. Instead, it calls measure(run.model, averaged network) about `times`
+    times. -> a growing list of (seconds of training, without the time for measuring; what was measured)"""
     fit, found = train.fit, []
 
     def watched(run, stage, network, batches, loss_fn, preview=None, **options):
@@ -165,7 +165,7 @@ def baseline(args):
         networks = average["unet"], average["text"]
         return judge(in_batches(lambda some, seeds: generate_baseline(model, *networks, some, seeds), captions, seeds))
 
-    # Machines drift: so B's time, which the default run knows, is measured again, in some steps.
+    # A machine's speed drifts, so B's time, although the default run has it, is measured again, over 60 steps.
     recipe = train.RECIPES["tiny"]["b"]
     line = train_stage("b", start_run(args, "b", ("text.pt", "a.pt")), "--steps", "60", "--cache", "512")[-1]
     b_seconds = recipe.steps * recipe.batch / line["images_per_s"]
@@ -191,7 +191,7 @@ SPEED = ("C", "B", "A", "three stages", "one U-Net, then A")
 @torch.no_grad()
 def speed(args):
     """Three stages as `generate` runs them (C 20 steps with guidance, B 12 without), and the baseline with guidance.
-    The median of three. The baseline's weights are random: they don't change its time."""
+    Times are medians of three runs. The baseline's weights are random, which does not change its time."""
     torch.manual_seed(0)
     model, results = Wuerstchen.load(args.run), {}
     unet = make_baseline(model.config).eval()
@@ -226,14 +226,14 @@ def speed(args):
 
 
 def compression(args):
-    """4x4, 2x2 and 1x1 cells for images of 64 px: B and C trained for as many steps each, with the default run's text
-    encoder and Stage A. "reconstructed": from the semantic latents of test images, by B without a caption. The sheet:
-    test images; then, for each grid, a row that is reconstructed and a row that is generated."""
+    """4x4, 2x2 and 1x1 cells for images of 64 px: each grid gets the same numbers of steps for B and for C, and the
+    default run's text encoder and Stage A. "reconstructed": from the semantic latents of test images, by B without a
+    caption. The sheet: test images; then, for each grid, a row that is reconstructed and a row that is generated."""
     (images, captions), seeds, rows, results = test_set(96, 64), list(range(96)), [], {}
     for n in (4, 2, 1):
         folder = start_run(args, f"compression_{n}", ("text.pt", "a.pt"), image_size=64, cells=n)
         weights = torch.load(folder / "a.pt", weights_only=True)
-        weights["a"]["scale"] /= 2  # as train.set_scale has it for half the size
+        weights["a"]["scale"] /= 2  # as train.set_scale does for half the size
         torch.save(weights, folder / "a.pt")
         train_stage("b", folder, "--steps", str(args.steps or 1500), "--cache", "4096")
         train_stage("c", folder, "--steps", str(args.steps or 450))
@@ -254,7 +254,8 @@ def compression(args):
 
 def stages(args):
     """A small convolutional decoder learns to turn semantic latents into images, by mean squared error. Then it decodes
-    those of test images and those that Stage C generates. Beside it, Stages B and A, with and without the caption."""
+    those of test images and those that Stage C generates. For comparison, Stages B and A decode Stage C's, with
+    and without the caption."""
     model, layers, steps = Wuerstchen.load(args.run), [], args.steps or 1500
     torch.manual_seed(0)
     for c_in, c_out in ((16, 256), (256, 128), (128, 64), (64, 32), (32, 16)):  # 3x3 -> 96x96
@@ -298,16 +299,16 @@ def stages(args):
 
 
 def size(args):
-    """Stage C with 4x4 cells (160 px) and 6x6 (256 px), from the weights for 3x3 cells and from new ones, with the same
-    schedule: the steps after which its training loss, as a mean of 16, is below a value. The compressor and the
-    contrastive text encoder are the default run's in both."""
+    """Trains Stage C with 4x4 cells (160 px) and 6x6 (256 px), from the weights for 3x3 cells and from new ones, with
+    the same schedule, and finds the step at which the mean training loss of the last 16 steps falls below a value. The
+    compressor and the contrastive text encoder are the default run's in both cases."""
     results, curves = {}, {}
     options = ["--steps", str(args.steps or 128), "--cache", "1024", "--batch-size", "64", "--log-every", "1"]
     for side, n in ((160, 4), (256, 6)):
         for trained in (True, False):
             folder = start_run(args, "size", ("text.pt", "a.pt", "b.pt"), image_size=side)
             if trained:
-                shutil.rmtree(folder)  # it begins with those of --init-from
+                shutil.rmtree(folder)  # train.py makes it again, with the weights of --init-from
             start = ["--init-from", args.run, "--image-size", str(side)] if trained else []
             lines = train_stage("c", folder, *start, *options)
             losses = torch.tensor([line["loss"] for line in lines]).unfold(0, 16, 1).mean(dim=1).tolist()
@@ -323,7 +324,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=claims)
     parser.add_argument("--run", default="runs/tiny", help="a finished default run")
-    parser.add_argument("--steps", type=int, help="training steps, other than those that we report")
+    parser.add_argument("--steps", type=int, help="training steps (default: as in the reported results)")
     args = parser.parse_args(argv)
     claims[args.claim](args)
 

@@ -6,8 +6,9 @@ Measures how good a trained run is, on captions and images that it was not train
     python tests/score.py --run runs/tiny --count 500
     python tests/score.py --run runs/tiny --sweep --out sweep.png "a red star"
 
---sweep changes the guidance scale and the numbers of steps, one at a time. It prints a table for each, and writes
-sweep.json (the same numbers), a chart, and a grid of images. Below: formulas; the checker of Shapes, which looks only
+--sweep varies the guidance scale of Stage C and the numbers of steps, one at a time, and prints a table for each. It
+also writes sweep.json (the same numbers), a plot (for Shapes only) and a grid of images (guidance scale x steps of C).
+Below: formulas; the checker of Shapes, which looks only
 at the pixels and says which attributes of a caption an image has; Judge, which computes a row of a table; the two
 commands.
 """
@@ -42,12 +43,12 @@ def frechet(x, y):
     2017). It becomes smaller with more images, so compare only distances for the same N and M."""
     x, y = x.cpu().double(), y.cpu().double()
     s1, s2 = torch.cov(x.T).view(x.shape[1], -1), torch.cov(y.T).view(x.shape[1], -1)
-    cross = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()  # rounding makes some that should be 0 negative or complex
+    cross = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()  # rounding can make zero eigenvalues negative or complex
     return ((x.mean(dim=0) - y.mean(dim=0)).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
 
 
 def codebook_usage(codes, codebook_size):
-    """Share of the codebook in use, and its perplexity (1: one code for everything; codebook_size: all equally often).
+    """Share of the codebook in use, and the codes' perplexity (1: always one code; codebook_size: all equally often).
     codes: any shape of int64 -> (float in [0, 1], float >= 1)"""
     share = torch.bincount(codes.flatten(), minlength=codebook_size) / codes.numel()
     perplexity = torch.special.entr(share).sum().exp()
@@ -68,10 +69,11 @@ def wilson(right, count):
 GRID = 128          # each image is first resized to GRID x GRID; all lengths below are in these pixels
 MIN_AREA = 60       # smaller blobs are specks, not objects (the smallest object, a small star, has 170 pixels)
 MAX_DISTANCE = 70   # RGB distance above which a colour is none of ours
-MIN_OVERLAP = 0.75  # intersection over union below which a shape is none of ours; those of Shapes have 0.86 to 1
+MIN_OVERLAP = 0.75  # intersection over union below which a shape is none of ours; rendered ones have 0.86 to 1
 BIG_RADIUS = GRID * (SIZES["small"][1] + SIZES["big"][0]) / 2  # halfway between small and big
 ATTRIBUTES = ("colour", "shape", "size", "relation", "background", "count")
-# An object in an image; centre: of its bounding box. Blob() is a missing one: nothing is right, with nan no relation.
+# An object in an image; centre: of its bounding box. Blob() stands for a missing one: None makes every attribute wrong,
+# and nan every relation.
 Blob = namedtuple("Blob", "colour shape size centre", defaults=(None, None, None, (float("nan"),) * 2))
 
 
@@ -87,7 +89,7 @@ def paint(pixels, background):
     1 + index in COLOURS. A pixel on the edge of an object is a mixture of its colour and the background. Seen from the
     background, it lies in the same direction as the colour, only nearer. So we compare directions, not distances."""
     directions = np.array(list(COLOURS.values()), np.float32) - background
-    length = np.maximum(np.linalg.norm(directions, axis=1), 80)  # not near 0 if the background is one of COLOURS
+    length = np.maximum(np.linalg.norm(directions, axis=1), 80)  # not near 0 even if the background is one of COLOURS
     projection = (pixels - background) @ (directions / length[:, None]).T
     colour = projection.argmax(axis=-1)
     return np.where(projection.max(axis=-1) > 0.5 * length[colour], colour + 1, 0)
@@ -132,7 +134,7 @@ def find_blobs(pixels, background):
     # other coloured pixels. So objects that touch stay separate, and an edge in another colour belongs to its object.
     colours = np.pad(paint(pixels, background), 1)
     inner = colours[1:-1, 1:-1]
-    same = sum(np.int8(colours[y:y + GRID, x:x + GRID] == inner) for y in range(3) for x in range(3))  # itself too
+    same = sum(np.int8(colours[y:y + GRID, x:x + GRID] == inner) for y in range(3) for x in range(3))  # counts itself
     cores = labels = components(np.pad(np.where(same >= 7, inner, 0), 1))
     for _ in range(6):  # enough for the points of a star
         neighbours = labels[:-2, 1:-1], labels[2:, 1:-1], labels[1:-1, :-2], labels[1:-1, 2:]
@@ -163,7 +165,7 @@ def parse(caption):
         raise ValueError(f"not a Shapes caption: {caption!r}")
     *first, relation, size, colour, shape, background = found.groups()
     scene = Scene([tuple(first)] + ([(size, colour, shape)] if relation else []), relation, background)
-    if scene.caption() != caption or relation and first[1:] == [colour, shape]:  # "a orange circle"; twice the same
+    if scene.caption() != caption or relation and first[1:] == [colour, shape]:  # "a orange circle"; an object twice
         raise ValueError(f"not a Shapes caption: {caption!r}")
     return scene
 
@@ -215,7 +217,7 @@ def in_batches(function, *inputs, size=32):
 
 def generate(model, captions, args, **changes):
     """Generates an image for each caption, with the settings in args, changed by `changes`; image i has the seed
-    args.seed + i. In batches of at most 800,000 pixels, to limit the memory. -> (N, H, W, 3) in [0, 1]"""
+    args.seed + i. A batch has at most 800,000 pixels, or one image, to limit memory use. -> (N, H, W, 3) in [0, 1]"""
     args = argparse.Namespace(**vars(args) | changes)
     steps, guidance = (args.steps_c, args.steps_b), (args.cfg, args.cfg_b)
     seeds, size = range(args.seed, args.seed + len(captions)), max(1, 800_000 // model.config.image_size ** 2)
@@ -280,14 +282,14 @@ def finish(judge, args, file_name, numbers):
     print("CLIP: 100 times the cosine between image and caption, by the run's own CLIP model." if judge.clip else
           f"No CLIP score: {args.run} has no clip.pt (python train.py text writes it).")
     if judge.features:
-        print(f"Fréchet: distance to as many other test images, by features of {args.inception or 'this model'}.")
+        print(f"Fréchet: distance to as many other test images, in features of {args.inception or 'that CLIP model'}.")
     path = Path(args.run) / file_name
     path.write_text(json.dumps({"settings": vars(args)} | numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(f"wrote {path}")
 
 
 def score(model, args):
-    """Prints one table for a run, and writes it to score.json."""
+    """Prints a table for a run, appends it to report.md, and writes its numbers to score.json."""
     judge, rows = Judge(model, args), {}
     for name, split in {"generated": "test", "generated, held-out pairs": "heldout"}.items():
         if split == "test" or judge.shapes:
@@ -323,7 +325,7 @@ def sweep(model, args):
     prompt = args.prompt or captions[0]
     for steps in SWEEP["steps_c"]:
         row = torch.cat([generate(model, [prompt], args, cfg=cfg, steps_c=steps) for cfg in SWEEP["cfg"]]).cpu()
-        label = Image.new("RGB", (row.shape[2], row.shape[1]), "white")  # a white image in front of the row
+        label = Image.new("RGB", (row.shape[2], row.shape[1]), "white")  # a white image at the start of the row
         ImageDraw.Draw(label).text((4, label.height // 2), f"{steps} steps of C", "black")
         grid.append(torch.cat([torch.from_numpy(np.array(label))[None] / 255, row]))
     make_sheet(grid, [prompt, *(f"guidance {cfg}" for cfg in SWEEP["cfg"])]).save(args.out)
@@ -334,7 +336,7 @@ def sweep(model, args):
         print_table(name, tables[name])
     if judge.shapes:
         curves = {name: [(value, 100 * row["whole"]) for value, row in table.items()] for name, table in tables.items()}
-        path = Path(args.out).with_suffix(".chart.png")
+        path = Path(args.out).with_suffix(".plot.png")
         plot(curves, "guidance scale, or steps", "captions fully correct, %", circles=curves).save(path)
         print(f"wrote {path}")
     finish(judge, args, "sweep.json", tables)
@@ -347,7 +349,7 @@ def main(argv=None):
     add("prompt", nargs="?", help="what the grid of --sweep shows (default: the first test caption)")
     add("--run", default="runs/tiny", help="run folder (default: runs/tiny)")
     add("--count", type=number(int, 2, 10**6), default=200, help="images per row of a table (default: 200)")
-    add("--seed", type=int, default=0, help="seed of the first image; each further image has the next (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the first image; each further image adds 1 (default: 0)")
     add("--steps-c", type=number(int, 1, 10_000), help="steps of Stage C (default: the run's)")
     add("--steps-b", type=number(int, 1, 10_000), help="steps of Stage B (default: the run's)")
     add("--cfg", type=float, help="guidance scale of Stage C; 1: none (default: the run's)")

@@ -1,5 +1,5 @@
 """What several tests need: a small model with random weights, in which everything has an effect; odd image files; the
-last words of a script."""
+last line that a script prints."""
 import contextlib
 import copy
 import io
@@ -94,7 +94,7 @@ def odd_images(folder):
 
 
 def last_words(script, *arguments):
-    """What `python script arguments`, run in this process, ends with: one line; a traceback is an error."""
+    """Runs `python script arguments` in this process -> its last line, which must be a message, not a traceback"""
     output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     with (contextlib.redirect_stderr(output), mock.patch("sys.argv", [script, *map(str, arguments)]),
           pytest.raises(SystemExit) as stopped):

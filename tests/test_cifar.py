@@ -44,7 +44,7 @@ def test_what_is_said_of_a_run(tmp_path, monkeypatch):
         assert images.shape == (100, 32, 32, 3) and labels.bincount().tolist() == [24, 24, 26, 26]
         torch.nn.init.zeros_(network.head.weight)
         network.head.bias.data = torch.eye(4)[0]
-    with pytest.raises(cifar.UserError, match="is no run on CIFAR"):
+    with pytest.raises(cifar.UserError, match="is not a run on CIFAR"):
         cifar.main(["--run", str(tmp_path)])
     monkeypatch.setattr(cifar, "train_classifier", always_the_first)
     cifar.main(["--run", str(run), "--count", "2", "--cfg", "3"])

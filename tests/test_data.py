@@ -106,7 +106,8 @@ def picture(file, mode="RGB"):
 
 
 def test_three_ways_to_give_captions(tmp_path):
-    """In one folder, each with what goes wrong: an empty file, a row without a file, a folder name with underscores."""
+    """In one folder, each with what can go wrong: an empty file, a row without a file, a folder name with
+    underscores."""
     for name in ("x/1.webp", "x/2.tga", "x/3.ppm", "y/z/4.png", "y/z/5.png", "y/6.jp2", "snowy_owl/7.bmp", "8.gif"):
         picture(tmp_path / name)
     (tmp_path / "x/1.TXT").write_text("one\n\n  uno \n")
@@ -124,10 +125,10 @@ def test_three_ways_to_give_captions(tmp_path):
 
 
 @pytest.mark.parametrize("table, name", [
-    ("a,file_name,text,,\n,\u00e9.png,a red, round thing,,\n", "metadata.csv"),  # of a spreadsheet
-    ("File_Name , Caption\ne\u0301.png,a red, round thing\n", "metadata.csv"),  # the accent apart, a comma, spaces
+    ("a,file_name,text,,\n,\u00e9.png,a red, round thing,,\n", "metadata.csv"),  # from a spreadsheet
+    ("File_Name , Caption\ne\u0301.png,a red, round thing\n", "metadata.csv"),  # the accent by itself; a comma, spaces
     ("\r\n\ufefffile_name\ttext\r\n\u00e9.png\ta red, round thing\r\n", "METADATA.CSV"),
-    ("file_name;text\r{place}/\u00e9.png;a red, round thing\r", "metadata.csv"),  # absolute; an old Mac's lines
+    ("file_name;text\r{place}/\u00e9.png;a red, round thing\r", "metadata.csv"),  # an absolute path; an old Mac's lines
     ('{{"file_name": " ./\u00e9.png", "text": ["a red, round thing"]}}\n' + "[" * 100_000, "metadata.jsonl")])
 def test_tables_as_people_write_them(tmp_path, table, name):
     folder_of(tmp_path, 1)
@@ -136,7 +137,7 @@ def test_tables_as_people_write_them(tmp_path, table, name):
     assert listed(tmp_path)[0]["\u00e9.png"] == ["a red, round thing"]
 
 
-def test_captions_that_can_t_be_read_end_no_run(tmp_path, monkeypatch):
+def test_unreadable_captions_do_not_end_a_run(tmp_path, monkeypatch):
     folder_of(tmp_path, 4)
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     read = train.read_text
@@ -170,7 +171,7 @@ def test_captions_are_one_line_of_text(tmp_path):
 
 
 def test_what_is_not_an_image_of_the_data_set(tmp_path):
-    """Hidden files, leftovers of file managers and runs are not seen; links are, but not round in circles."""
+    """Hidden files, leftovers of file managers and runs are not seen; links are followed, but not round in circles."""
     folder_of(tmp_path / "data", 4)
     data = tmp_path / "data"
     for name in (".thumbnails/a.png", "a/@eaDir/i000.png/small.jpg", "__MACOSX/a.png", "b/.i001.png",
@@ -209,7 +210,7 @@ def test_splits_are_fixed_and_disjoint(tmp_path, kind, monkeypatch):
         return folder_of(place, count) if kind == "folder" else coco_folder(place, [("train2017", range(count))])
     training, testing = splits(fill(100))
     assert not set(training) & set(testing) and len(training + testing) == 100 - (kind == "coco")
-    assert 2 <= len(testing) <= 20 and set(training) <= set(splits(fill(130))[0])  # they stay when images join
+    assert 2 <= len(testing) <= 20 and set(training) <= set(splits(fill(130))[0])  # still so with more images
     monkeypatch.chdir(tmp_path / "100")
     assert splits(".") == [training, testing]  # wherever the folder lies
 
@@ -273,7 +274,7 @@ def test_bad_images_are_skipped_and_named_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("bad", range(3))
 def test_one_image_that_can_be_read_is_kept_for_testing(tmp_path, bad):
-    """However many by name before it can't be, and whichever the hash chooses."""
+    """However many images before it, in the order of names, can't be read, and whichever the hash chooses."""
     for i in range(40):
         file = picture(tmp_path / f"{i:02}.png")
         file.with_suffix(".txt").write_text(f"image {i}")
@@ -316,7 +317,7 @@ def test_coco_with_splits_and_a_subset(tmp_path):
 
 
 def test_coco_and_its_look_alikes(tmp_path):
-    """The annotation files that fit the images that are there; odd entries, and files of another kind, are named."""
+    """Annotation files apply to the images that are there; odd entries and files of another kind are reported."""
     coco_folder(tmp_path / "part")
     shutil.rmtree(tmp_path / "part/train2017")
     found, said = listed(tmp_path / "part", "coco")
@@ -345,11 +346,11 @@ def test_coco_and_its_look_alikes(tmp_path):
     shutil.rmtree(other / "images/cats")
     shutil.rmtree(other / "images/dogs")
     (other / "val").mkdir()
-    for i, name in enumerate(("images/5.png", "val/9.png")):  # one of the same name; and a broken one for validation
+    for i, name in enumerate(("images/5.png", "val/9.png")):  # found by its name alone; then one in val/
         (other / "annotations/captions_val.json").write_text(json.dumps(dict(
             images=[dict(id=1, file_name=name.rpartition("/")[2])], annotations=[dict(image_id=1, caption="v")])))
-        assert name not in dict(train.open_data(Namespace(data="coco", data_dir=str(other), image_size=32, seed=0))[
-            "train"].items)
+        data = train.open_data(Namespace(data="coco", data_dir=str(other), image_size=32, seed=0))
+        assert str(other / name) not in dict(data["train"].items) and str(other / name) in dict(data["test"].items)
         picture(other / "val/9.png")
     with pytest.raises(train.UserError, match="too few .*: 7 images, 0 with captions; .*without caption"):
         shutil.rmtree(other / "annotations")
@@ -481,7 +482,7 @@ def test_a_download_that_fails_leaves_nothing(serve_cifar, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("kind", ["shapes", "folder"])
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_batches_go_on_where_they_broke_off(tmp_path, kind, workers):
+def test_batches_resume_where_they_stopped(tmp_path, kind, workers):
     folder_of(tmp_path / "data", 30)
     (tmp_path / "data/b/c/i005.png").write_bytes(b"bad")
 
@@ -491,7 +492,7 @@ def test_batches_go_on_where_they_broke_off(tmp_path, kind, workers):
         return list(run.batches(first, train.Recipe(10, 8, 0)))
     before = torch.get_rng_state()
     whole, late = batches(0), batches(7)
-    assert torch.equal(torch.get_rng_state(), before)  # else a run that goes on would learn from other noise
+    assert torch.equal(torch.get_rng_state(), before)  # otherwise, a resumed run would see other noise
     assert len(whole) == 10 and all(images.shape == (8, 32, 32, 3) and images.max() <= 1 for images, _ in whole)
     for (images, captions), (same, same_captions) in zip(whole[7:], late, strict=True):
         assert torch.equal(images, same) and captions == same_captions

@@ -1,4 +1,4 @@
-"""Every formula of the diffusion against values worked out by hand, and the order of the random numbers."""
+"""Every diffusion formula against values worked out by hand, and the order of the random numbers."""
 import math
 
 import pytest
@@ -86,7 +86,7 @@ def test_guidance_by_hand(guidance, factors):
     assert_close(seen, [times[0].expand(len(conditions))])
 
 
-def test_after_step_decides_what_goes_on():
+def test_after_step_replaces_x():
     seen, x, times = [], torch.full((1, 1, 1, 1), 2.0), torch.tensor([0.9, 0.5, 0.0])
     after_step = lambda *now: seen.append(now) or 5 * now[0]
     end = sample(lambda x, *_: 0.3 * x, x, times, (), sampler="ddim", after_step=after_step)
@@ -96,7 +96,7 @@ def test_after_step_decides_what_goes_on():
     assert torch.equal(end, x)
 
 
-def test_generate_draws_in_one_order():
+def test_generate_draws_random_numbers_in_a_fixed_order():
     """Stage C's start, then one draw per step, the unused last one too; then the same for Stage B."""
     model, seen = Wuerstchen(CONFIG, lambda prompts: (torch.zeros(2, 8).long(), torch.ones(2, 8) > 0)).eval(), []
     model.b.predict_eps = model.c.predict_eps = lambda x, t, conditions: seen.append(x) or 0.1 * x

@@ -1,4 +1,4 @@
-"""The directions that the authors name: that each command runs, and that what it changes has an effect."""
+"""The variations on the paper: each command runs, and what it changes has an effect."""
 import json
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The same numbers as the reference implementations give; golden/record.py says how they were recorded."""
+"""Our results are those of the reference implementations; golden/record.py says how those were recorded."""
 import json
 import shutil
 import sys
@@ -24,7 +24,7 @@ def golden(name):
     return about, {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-PIPELINE, SEEN = golden("pipeline")  # what is in the reduced snapshots, and what the reference drew with them
+PIPELINE, SEEN = golden("pipeline")  # what is in the reduced snapshots, and what the reference generated with them
 
 
 def reduced(**changes):
@@ -36,7 +36,7 @@ def reduced(**changes):
 
 
 def filled(part, about, **others):
-    """One network with the described weights. others: what its sizes need of the other parts' configurations"""
+    """One network with the described weights. others: what its sizes need from the other parts' configurations"""
     with torch.device("meta"):
         model = Wuerstchen(reduced(**{part: about["config"]}, **others), None)
     load_official(model, part, {key: torch.from_numpy(x) for key, x in weights.draw_as_described(about).items()})
@@ -66,7 +66,7 @@ def test_vqgan():
 def test_semantic_compressor():
     about, x = golden("effnet")
     compressor = filled("compressor", about)
-    # the recorded one is already normalised
+    # the recorded image is already normalised: undo that
     image = last(x["image"]) * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
     assert error(compressor.backbone(image)[..., ::40], last(x["some_features"])) < 1e-5
     assert error(compressor(image), last(x["semantic"])) < 1e-5
@@ -151,7 +151,7 @@ def test_a_stage_b_of_three_levels():
 
 
 def test_weight_files(tmp_path):
-    """fp16 variants only where there is nothing else; files in parts; .bin files, but no code from them."""
+    """fp16 variants only where there is nothing else; files in parts; .bin files, but no code in them is run."""
     for name, read in {"x.fp16": ["x.fp16"], "x-1-of-2": ["x-1-of-2"], "x-2-of-2": ["x-1-of-2", "x-2-of-2"]}.items():
         weights.write_safetensors(tmp_path / f"{name}.safetensors", {name: np.ones(2, np.float32)})
         assert sorted(wuerstchen.read_weights(tmp_path)) == read
@@ -198,20 +198,21 @@ def test_tensors_that_do_not_fit(snapshot):
         load_official(Wuerstchen.from_official(snapshot), "a", tensors)
 
 
-def test_script_half_precision_and_saved_run_draw_the_same(snapshot, tmp_path, capsys):
+def test_script_half_precision_and_saved_run_give_the_same_image(snapshot, tmp_path, capsys):
     model = Wuerstchen.from_official(snapshot)
     options = dict(prompts=["a cat"], size=(100, 250), steps=(2, 2), guidance=(4.0, 1.0), seed=[0])
     command = f"--official {snapshot} --height 100 --width 250 --steps-c 2 --steps-b 2 --out {tmp_path}/out.png"
     sample.main(["a cat", *command.split()])
-    drawn = model.generate(**options)
-    assert np.array_equal(Image.open(tmp_path / "out.png"), sample.to_pil(drawn[0]))
+    generated = model.generate(**options)
+    assert np.array_equal(Image.open(tmp_path / "out.png"), sample.to_pil(generated[0]))
     assert "generated at 128x256: " in capsys.readouterr().out
     half = Wuerstchen.from_official(snapshot, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert half.b.out.weight.dtype == torch.bfloat16 and (half.generate(**options) - drawn).abs().mean() < 0.02
+        assert half.b.out.weight.dtype == torch.bfloat16 and (half.generate(**options) - generated).abs().mean() < 0.02
     model.save(tmp_path / "run")
     again = Wuerstchen.load(tmp_path / "run")
-    torch.testing.assert_close(again.generate(**options), drawn, atol=1e-5, rtol=0)  # weights are aligned otherwise
+    # Differently aligned weights round differently.
+    torch.testing.assert_close(again.generate(**options), generated, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="no EfficientNetEncoder"):
         again.reconstruct(torch.rand(1, 64, 64, 3))
 

@@ -1,4 +1,4 @@
-"""The published vocabulary's ids for a few thousand nasty captions; golden/record_tokenizer.py tells about the file."""
+"""The published vocabulary's ids for a few thousand nasty captions; golden/record_tokenizer.py describes the file."""
 import gzip
 import json
 import sys
@@ -22,14 +22,14 @@ def published(golden, **options):
 
 
 @pytest.mark.parametrize("column, pad_token", [(1, END), (2, "!")])
-def test_as_transformers(column, pad_token, golden):
+def test_same_ids_as_transformers(column, pad_token, golden):
     tokenizer = published(golden, pad_token=pad_token)
     # The Unicode tables of an older Python lack the lower case of newer scripts.
     rows = [row for row in golden["plain"] if all(unicodedata.category(c) != "Cn" for c in row[0])]
     assert len(rows) > 3000 and not [row[0] for row in rows if tokenizer.encode(row[0]) != row[column]]
 
 
-def test_repaired_as_the_paper_s_code(golden):
+def test_repairs_text_like_clips_own_tokenizer(golden):
     tokenizer = published(golden, repair=True)
     wrong = [text for text, ids in golden["repaired"] if tokenizer.encode(text) != ids]
     assert len(golden["repaired"]) > 400 and not wrong

@@ -51,7 +51,7 @@ def test_other_right_answers_pass(title, edit):
     assert lab.judge(number, lab.measure(task, lab.module_of(task, source, task.file))) == ([], [])
 
 
-def test_every_exercise_has_enough_of_them():
+def test_every_exercise_has_enough_wrong_and_right_answers():
     assert len(NUMBERED) == len(lab.EXERCISES) >= 12
     for task in lab.EXERCISES:
         assert len(task.wrong) >= 6 and len(task.same) >= 3
@@ -81,7 +81,7 @@ def copy(tmp_path_factory):
 
 
 def answer(copy, number, name, code):
-    """Writes code in the place of a NotImplementedError in wuerstchen.py"""
+    """Writes code in place of a NotImplementedError in wuerstchen.py"""
     path, indent = copy / "wuerstchen.py", " " * 4 * (2 if "." in name else 1)
     lines = path.read_text("utf-8").splitlines()
     first, last = lab.body_of(path.read_text("utf-8"), name)
@@ -95,7 +95,7 @@ def run(copy, *args):
                           timeout=SECONDS)
 
 
-def test_a_working_copy_from_start_to_drawing(copy):
+def test_a_working_copy_from_start_to_images(copy):
     source = (lab.HERE / "wuerstchen.py").read_text("utf-8")
     solution = run(copy, "solution", "13").stdout
     assert solution.startswith("def guided(") and all(part.strip() in source for part in solution.split("\ndef "))
@@ -128,7 +128,7 @@ return x + self.beta + self.gamma * x * norm / (norm.mean(-1, keepdim=True) + 1e
     assert (copy / "lab_3.png").exists() and not (copy / "lab_4.png").exists()
 
 
-def test_finale_trains_and_draws_with_the_students_functions(monkeypatch, tmp_path, capsys):
+def test_finale_trains_and_generates_with_the_students_functions(monkeypatch, tmp_path, capsys):
     """Each of them is called, also by the student's other functions; the reference's are not."""
     mine, theirs = set(), set()
 
@@ -147,7 +147,7 @@ def test_finale_trains_and_draws_with_the_students_functions(monkeypatch, tmp_pa
         for name in names:
             if hasattr(place, name):  # for monkeypatch to put back
                 monkeypatch.setattr(place, name, noting(getattr(place, name), theirs, name))
-    main = train.main  # before it, the shipped model has been drawn with the reference's
+    main = train.main  # finale has generated with the reference's functions before
     monkeypatch.setattr(train, "main", lambda argv: theirs.clear() or main(argv))
     monkeypatch.setattr(lab, "students", students)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The losses of train.py, each with a fake network whose answer is known, and what the stages hand them."""
+"""The losses of train.py, each with a fake network whose answer is known, and what the stages pass to them."""
 import functools
 import itertools
 import shutil
@@ -44,7 +44,7 @@ def test_hard_negatives_change_only_words_that_are_read():
 
 
 class Scaled(nn.Module):
-    """A VQGAN that gives back the images times -0.9, and a discriminator: 3 times each image's mean."""
+    """A VQGAN that returns w = -0.9 times the images, or a discriminator: w = 3 times each image's mean."""
 
     def __init__(self, w):
         super().__init__()
@@ -70,12 +70,12 @@ def test_vqgan_loss(adversarial):
     assert not latents.requires_grad and codes == "codes" and d.calls == 3 * adversarial
     (loss_gen + loss_disc).backward()  # A learns from its own loss alone, and D from its own
     torch.testing.assert_close(a.w.grad, -38 * square - mean + 0.3 - adversarial * 0.015 * mean)
-    if adversarial:  # two of three images are within each hinge's slope
+    if adversarial:  # two of three images are on the sloped part of each hinge
         torch.testing.assert_close(d.w.grad, torch.tensor(-1.9 * (0.2 + 0.3) / 3))
     assert d.w.requires_grad
 
 
-def test_crops_lie_on_stage_a_grid():
+def test_crops_are_aligned_to_stage_as_grid():
     y, x = torch.meshgrid(torch.arange(64), torch.arange(48), indexing="ij")
     images, corners = torch.stack([torch.stack([y, x, torch.full_like(x, i)], dim=-1) for i in range(2)]), set()
     for _ in range(300):
@@ -102,7 +102,7 @@ def test_idle_codes_move_onto_latents():
     assert codebook.isfinite().all()
 
 
-# Stages B and C. ROWS are many, for shares of them: the standard deviation of a share of 25% is 0.7%.
+# Stages B and C. Shares are measured on many ROWS: the standard deviation of a share of 25% is 0.7%.
 
 ROWS = 4000
 TEXT, NULL = torch.ones(ROWS, 3, 2), torch.full((1, 3, 2), -1.0)
@@ -110,7 +110,7 @@ SMALL = torch.linspace(1, 2, ROWS).view(-1, 1, 1, 1).expand(-1, 3, 3, 3)
 
 
 class Knowing:
-    """A network that knows x0, so that it finds eps in what it is shown, if that is noised as it should be."""
+    """A network that knows x0, so it recovers eps from its input, if that was noised as it should be."""
 
     def __init__(self, x0, wrong=0.0):
         self.x0, self.wrong = x0, wrong
@@ -148,8 +148,8 @@ def loss_c(c):
 
 @pytest.mark.parametrize("loss_of, x0, share", [(loss_b, 0.2 / 0.4, 0.25), (loss_c, (8 - 5) / 2, 0.05)])
 def test_diffusion_losses(loss_of, x0, share):
-    """A network that finds eps has no loss; one that is wrong by 1 has the weight 1 - alpha_bar at its own times, and
-    in Stage B the factor, whose mean is 1."""
+    """A network that finds eps has a loss of 0. If it is wrong by 1, its loss is the mean of the weight 1 - alpha_bar
+    at its own times; in Stage B, times the factor, which keeps the mean weight the same."""
     right, wrong = Knowing(x0), Knowing(x0, wrong=1.0)
     assert loss_of(right) < 1e-6
     loss, signal = loss_of(wrong).detach(), alpha_bar(wrong.t)
@@ -205,7 +205,7 @@ def test_the_mapper_starts_from_the_principal_components():
     torch.testing.assert_close(kept, largest.flip(0).diag(), atol=1e-4 * largest[0].item(), rtol=0)
 
 
-# What the stages hand their losses
+# What the stages pass to their losses
 
 
 class Stopped(Exception):
@@ -214,8 +214,8 @@ class Stopped(Exception):
 
 @pytest.fixture
 def begin(run, tmp_path, monkeypatch):
-    """begin(stage, loss): runs a stage until it calls `fit` -> its run, what it gives `fit`, and `calls`: what its
-    loss_fn, given a step, hands to train.<loss>; with the rows of its cache, and the images and captions they are of"""
+    """begin(stage, loss): runs a stage until it calls `fit` -> its run; what it passes to `fit`; `calls`: what its
+    loss_fn, given a step, passes to train.<loss>; the rows of its cache; the images and captions that they come from"""
     def begin(stage, loss, *options):
         found = SimpleNamespace(calls=[])
 
@@ -241,7 +241,7 @@ def begin(run, tmp_path, monkeypatch):
     return begin
 
 
-close = functools.partial(torch.testing.assert_close, atol=5e-3, rtol=5e-3, check_dtype=False)  # of half precision
+close = functools.partial(torch.testing.assert_close, atol=5e-3, rtol=5e-3, check_dtype=False)  # for half precision
 
 
 def test_the_text_stage_puts_hard_negatives_last(begin):
@@ -295,7 +295,7 @@ def test_stage_c_gets_semantic_latents_and_text(begin, frozen):
     assert stage.network["text_c"] is model.text_c and text.requires_grad == null_text.requires_grad == (not frozen)
     with torch.no_grad():
         close(cache["semantic"], compressed := model.compress(stage.images))
-        close(null_text, model.encode_text([""], "b"))  # as yet, C's is B's
+        close(null_text, model.encode_text([""], "b"))  # at first, C's encoder is B's
         close(text, model.encode_text(batch["captions"], "b"))
     close(c.latent_mean, compressed.mean(dim=(0, 1, 2)), atol=1e-4)
     close(c.latent_std, compressed.std(dim=(0, 1, 2)).clip(1e-3), atol=1e-4)

@@ -38,7 +38,7 @@ def networks():
 
 
 def init(module, std):
-    """All parameters from N(0, std²): where they start, zeros would hide half of a network. 0: all are zero."""
+    """All parameters from N(0, std²): the zeros that networks start with would hide half of them. 0: all are zero."""
     for p in module.parameters():
         nn.init.normal_(p, std=std)
     return module
@@ -63,7 +63,7 @@ def test_presets_fit_together(preset):
 
 
 def test_grid_of_the_published_model():
-    """ceil(pixels / 42.67) cells and int(10.67 cells) latents wherever that divides by 16."""
+    """ceil(pixels / 42.67) cells and int(10.67 cells) latents wherever that is a multiple of 16."""
     assert PRESETS["tiny"].grid(128, 128) == ((3, 3), (32, 32))
     config = replace(PRESETS["tiny"], image_size=64, rescale=2.5)
     assert config.grid(64, 64) == ((5, 5), (16, 16)) and config.grid(128, 64) == ((10, 5), (32, 16))
@@ -220,7 +220,7 @@ def test_stochastic_depth_keeps_the_expectation():
 
 @pytest.mark.parametrize("name, total", [("b", 5), ("c", 2)])
 def test_stages_start_gently(name, total):
-    """Fresh stages give x over a constant. The ResBlocks' last weights reach √(1/total) of Xavier's bound
+    """Untrained stages return x divided by a constant. The ResBlocks' last weights reach √(1/total) of Xavier's bound
     √(6/(5·width)); the TimestepBlocks change nothing."""
     stage, (x, *given) = networks()[name]
     assert_close(stage(x, *given), x / (0.5 if name == "b" else 1 + 1e-5))

@@ -1,4 +1,4 @@
-"""The tools with which the paper's claims are measured: that they compare what they say."""
+"""The tools that measure the paper's claims compare what they claim to compare."""
 import json
 
 import pytest
@@ -21,7 +21,7 @@ def test_baseline_has_as_many_parameters_as_b_and_c():
 def test_generate_baseline():
     model = make_model()
     unet = paper.make_baseline(model.config).eval()
-    torch.nn.init.normal_(unet.out.weight, std=0.1)  # as made, it does not look at the caption
+    torch.nn.init.normal_(unet.out.weight, std=0.1)  # untrained, it ignores the caption
     captions = ["a red star", "a red star", "a blue cross"]
     images = paper.generate_baseline(model, unet, model.text_b, captions, [5, 5, 5], 2)
     assert images.shape == (3, 64, 64, 3)

@@ -1,4 +1,4 @@
-"""From nothing to images, at a size smaller than tiny; and what happens when something is wrong."""
+"""From nothing to images, with the preset tiny at 64 px; and what happens when something goes wrong."""
 import json
 import os
 import re
@@ -30,7 +30,7 @@ def test_all_stages_leave_what_they_promise(run):
 
 
 def test_report(run):
-    """A row for each stage, with as many cells as the header; what it links is there."""
+    """A row for each stage, with as many cells as the header; what it links to exists."""
     text = (run / "report.md").read_text("utf-8")
     header, _, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert f"PyTorch {torch.__version__} on cpu" in text and "Preset tiny, data shapes, 64 px" in text
@@ -54,23 +54,23 @@ def test_all_skips_what_is_finished(run, capsys):
 
 def test_seed_negative_guidance_steps_sampler_and_size_matter(run):
     model = Wuerstchen.load(run)
-    for p in model.c.parameters():  # four steps of training leave C too quiet to notice
+    for p in model.c.parameters():  # after four steps of training, C's output is too small to notice
         p.data += 0.05 * torch.randn_like(p)
 
-    def draw(seed=0, steps=(3, 2), **options):
+    def generate(seed=0, steps=(3, 2), **options):
         return model.generate(["a red star", "a big blue star above a green cross"], seed=seed, steps=steps, **options)
 
-    plain = draw()
-    assert plain.shape == (2, 64, 64, 3) and plain.min() >= 0 and plain.max() <= 1 and torch.equal(plain, draw())
+    plain = generate()
+    assert plain.shape == (2, 64, 64, 3) and plain.min() >= 0 and plain.max() <= 1 and torch.equal(plain, generate())
     for options in (dict(seed=1), dict(negative="a blue star"), dict(guidance=(1.0, 1.0)), dict(guidance=(4.0, 2.0)),
                     dict(sampler="ddim"), dict(steps=(4, 2)), dict(steps=(3, 3)), dict(steps=("fast", 2))):
-        assert not torch.equal(plain, draw(**options)), options
-    assert draw(size=(96, 128)).shape == (2, 96, 128, 3)
+        assert not torch.equal(plain, generate(**options)), options
+    assert generate(size=(96, 128)).shape == (2, 96, 128, 3)
     seen = []
-    draw(after_step=lambda x, x0, t: seen.append(t.item()) or x)
+    generate(after_step=lambda x, x0, t: seen.append(t.item()) or x)
     assert seen == pytest.approx([2 / 3, 1 / 3, 0, 0.5, 0])
     with pytest.raises(ValueError, match="unknown sampler euler"):
-        draw(sampler="euler")
+        generate(sampler="euler")
 
 
 def test_reconstruct(run):
@@ -113,10 +113,10 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --data cifar10 --data-dir {run}", "cifar-10-batches-bin: --download fetches the binary version"),
     ("train.py --data folder --data-dir {none}", "none is not a folder"),
     ("train.py --data folder --data-dir {run}", "too few images"),
-    ("train.py --run {code}", "is not empty, but is no run"),
-    ("train.py --run=", "is not empty, but is no run"),
+    ("train.py --run {code}", "is not empty, and is not a run"),
+    ("train.py --run=", "is not empty, and is not a run"),
     ("train.py --data folder --data-dir=", "--data folder needs a --data-dir"),
-    ("train.py --run {part}", "is not empty, but is no run (it has no options.json)"),
+    ("train.py --run {part}", "is not empty, and is not a run (it has no options.json)"),
     ("sample.py a-cat --run {part}", "/tokenizer: train this run"),
     ("train.py b --init-from {none}", "there is no such folder"),
     ("train.py --download", "--download needs --data cifar10, cifar100, coco"),
@@ -168,7 +168,7 @@ def test_values_out_of_range_are_refused(parse_args, option, values, capsys, tmp
 
 
 def test_what_ends_a_script(capsys):
-    """One line for what a user can mend, even from another process; a traceback for a mistake of ours."""
+    """One line for an error that the user can fix, even from another process; a traceback for a bug."""
     def fail(error):
         raise error
     worker = "Caught OSError in DataLoader worker process 0.\\nOriginal Traceback:\\nOSError: can't read a.png"
@@ -184,7 +184,7 @@ def test_what_ends_a_script(capsys):
 
 
 def test_a_terminal_that_can_print_little(run, tmp_path):
-    """What it can't print is written as numbers, and the image all the same."""
+    """What it can't print is escaped, and the image is written all the same."""
     done = run_script("sample.py", "ένα αστέρι " * 30, "--run", run, "--out", tmp_path / "a.png", "--steps-c", "1",
                       "--steps-b", "1", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "left out" in done.stdout and "never seen in training: \\u03ad" in done.stdout

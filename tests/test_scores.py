@@ -112,7 +112,7 @@ def test_inception(model, run, tmp_path):
     torch.testing.assert_close(judge.features(images), 255 * images.mean(dim=(1, 2)), atol=0.1, rtol=0)
 
 
-def test_draw_gives_each_image_its_own_seed(model, monkeypatch):
+def test_generate_gives_each_image_its_own_seed(model, monkeypatch):
     args = argparse.Namespace(seed=3, steps_c=1, steps_b=2, cfg=2.0, cfg_b=1.0)
     calls = []
 
@@ -138,7 +138,7 @@ def test_score(model, run, capsys):
     assert all(line.startswith(name) for line, name in zip(table[1:], rows)) and kept["settings"]["steps_c"] == 2
     assert rows["the images"]["whole"] == 1 and "PSNR" not in rows["generated"]
     assert f"Codebook: {usage['usage']:.1%} in use" in table[7] and 1 <= usage["perplexity"] <= 256
-    # The numbers are those of the images that the model gives with these seeds.
+    # PSNR is that of the images that the model reconstructs with these seeds.
     images, captions = zip(*(Shapes(64, split="test")[i] for i in range(4)))
     images, seeds = torch.from_numpy(np.stack(images)) / 255, [5, 6, 7, 8]
     by_a, by_b = model.reconstruct(images, steps=2, seed=seeds)
@@ -172,11 +172,11 @@ def test_score_of_another_data_set_without_clip(run, tmp_path, monkeypatch, caps
 def test_sweep(run, tmp_path, monkeypatch):
     settings = []
 
-    def draw(model, captions, args, **changes):
+    def generate(model, captions, args, **changes):
         settings.append((len(captions), changes))
         return torch.ones(len(captions), 64, 64, 3)
 
-    monkeypatch.setattr(score, "generate", draw)
+    monkeypatch.setattr(score, "generate", generate)
     score.main(["a red star", "--sweep", "--run", str(run), *FEW, "--out", str(tmp_path / "grid.png")])
     tables = json.loads((run / "sweep.json").read_text("utf-8"))
     assert settings[:36] == [(1, dict(cfg=cfg, steps_c=n)) for n in (1, 2, 4, 8, 16, 60) for cfg in (0, 1, 2, 4, 8, 16)]
@@ -184,5 +184,5 @@ def test_sweep(run, tmp_path, monkeypatch):
     assert list(tables["steps_c"]) == ["1", "2", "4", "8", "16", "60"] and tables["cfg"]["1"]["whole"] == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 7 * 64 and grid.height > 6 * 64
-    with Image.open(tmp_path / "grid.chart.png") as chart:
+    with Image.open(tmp_path / "grid.plot.png") as chart:
         assert chart.size == (640, 360)

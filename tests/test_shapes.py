@@ -47,7 +47,7 @@ def test_hard_negatives_are_almost_right():
             try:
                 assert not whole(check(image, wrong))
                 sensible += 1
-            except ValueError:  # twice the same object, or "on" where only "above" makes sense
+            except ValueError:  # the same object twice, or "on" where only "above" makes sense
                 pass
     assert count > 200 and sensible > 0.8 * count
 
@@ -90,7 +90,7 @@ def test_objects_stay_inside_the_image(size):
         assert np.abs(np.median(border, axis=0) - background).max() <= TINT["background"]
 
 
-def test_objects_keep_their_distances():
+def test_objects_lie_where_the_relation_says():
     data = Shapes(128, seed=5)
     for i in range(200):
         image, caption = data[i]

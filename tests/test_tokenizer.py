@@ -64,7 +64,7 @@ def test_training_by_hand(trained):
     assert list(learned.ranks) == [("l", "o"), ("lo", "w</w>"), ("lo", "t</w>")] and len(learned) == 512 + 3 + 2
     assert tokens(learned, "low slot") == ["low</w>", "s", "lot</w>"]
     assert Tokenizer.train(["low low lot", "lot low"], merges=1).ranks == {("l", "o"): 0}
-    assert list(Tokenizer.train(["xy ab", "ab xy"]).ranks) == [("a", "b</w>"), ("x", "y</w>")]  # a tie is sorted
+    assert list(Tokenizer.train(["xy ab", "ab xy"]).ranks) == [("a", "b</w>"), ("x", "y</w>")]  # ties in sorted order
     # "aaaaa" is a a a a a</w>. "a a" occurs 3 times, overlapping; then the word is aa aa a</w>.
     assert list(Tokenizer.train(["aaaaa aaaaa"]).ranks) == [("a", "a"), ("aa", "a</w>"), ("aa", "aaa</w>")]
     assert not Tokenizer.train(["abc", "xyz", *[START, END] * 9]).ranks  # no pair twice; special tokens do not count

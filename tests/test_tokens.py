@@ -123,7 +123,7 @@ def test_token_loss_by_hand():
 
 
 def test_sampling_by_hand():
-    """Three steps with a network of which all is known: what it is given, the order of the random numbers, what is put
+    """Three steps with a network whose output is known: what it is given, the order of the random numbers, what is put
     back, and how temperature and guidance enter."""
     start, seen, logits = torch.randint(4, (2, 3, 5)), [], 2 * torch.randn(4, 3, 5, 4)
 

@@ -1,4 +1,4 @@
-"""The tour: every picture is made and in the page, also for a model that draws nothing sensible."""
+"""The tour: every picture is made and in the page, even for a model that generates nothing sensible."""
 import re
 
 import pytest

@@ -1,4 +1,4 @@
-"""The trained run that comes with the code: what it draws, judged by the checker."""
+"""The trained run that comes with the code: what it generates, judged by the checker."""
 import shutil
 
 import pytest
@@ -17,13 +17,13 @@ def model():
 
 
 @pytest.mark.parametrize("split", ["test", "heldout"])
-def test_it_draws_what_the_captions_say(model, split):
+def test_it_generates_what_the_captions_say(model, split):
     captions = [Shapes(split=split).caption(i) for i in range(32)]
     shares = check_all(model.generate(captions, seed=list(range(32))), captions)
     assert shares["whole"] >= 0.85 and min(shares[name] for name in ("colour", "relation", "background")) >= 0.96
 
 
-def test_it_rebuilds_images(model):
+def test_it_reconstructs_images(model):
     images, captions = zip(*(Shapes(split="test")[i] for i in range(24)))
     images = torch.stack([sample.to_tensor(image) for image in images])
     by_a, by_b = model.reconstruct(images, seed=0)
@@ -31,7 +31,7 @@ def test_it_rebuilds_images(model):
     assert check_all(by_a, captions)["whole"] == 1 and check_all(by_b, captions)["whole"] >= 0.85
 
 
-def test_sample_draws_with_it_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+def test_sample_generates_with_it_unless_told_otherwise(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(EXAMPLE, "runs/tiny")
     for command, said in (([], f"generating with {EXAMPLE}, which comes with the code\n"),
@@ -42,7 +42,7 @@ def test_sample_draws_with_it_unless_told_otherwise(tmp_path, monkeypatch, capsy
         assert check_all(sample.to_tensor(sample.Image.open("out.png"))[None], ["a red circle"])["whole"] == 1
 
 
-def test_words_that_it_has_never_seen_are_said(tmp_path, monkeypatch, capsys):
+def test_words_that_it_has_never_seen_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sample.main(["a small RED pony below two blue ponys", "--negative", "a zebra", "--steps-c", "1", "--steps-b", "1"])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("never seen")]

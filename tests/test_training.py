@@ -37,7 +37,7 @@ def kill(*args, **options):
 def micro(tmp_path_factory):
     """A finished run of small networks. Later commands take their sizes from its config.json."""
     folder = tmp_path_factory.mktemp("runs") / "micro"
-    with pytest.MonkeyPatch.context() as patch:  # fewer captions for all tests: hard negatives are made of them
+    with pytest.MonkeyPatch.context() as patch:  # fewer captions for all tests: hard negatives are made from them
         patch.setattr(train.Shapes, "captions", lambda self: map(self.caption, range(300)))
         with pytest.MonkeyPatch.context() as small:
             small.setitem(train.PRESETS, "tiny", MICRO)
@@ -115,7 +115,7 @@ def test_muon_is_torchs(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_orthogonal(dtype):
-    """The singular values come out as the polynomials say, also where all but one are 0: near 1."""
+    """The singular values become what the polynomials say: near 1, unless they are below 0.005."""
     def moved(values):
         for a, b, c in train.NEWTON_SCHULZ:
             values = a * values + b * values ** 3 + c * values ** 5
@@ -157,7 +157,7 @@ def test_fit_is_this_loop(tmp_path):
 
 
 def test_float16_scales_gradients(tmp_path, monkeypatch, capsys):
-    """The scale halves until the gradients are in float16's range, and grows again; a run that goes on keeps it."""
+    """The scale halves until the gradients are in float16's range, and grows again; a resumed run keeps it."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=3))
 
     def loss_fn(network, batch, step):  # half-precision gradients of the bias are 12.5 times the scale
@@ -188,8 +188,8 @@ def test_a_step_without_a_finite_gradient_leaves_no_trace(tmp_path):
     assert len(networks) == 22 + 15
 
 
-def test_noise_of_a_run_that_goes_on(tmp_path):
-    """Each step has its own; going on does not change it."""
+def test_noise_of_a_resumed_run(tmp_path):
+    """Each step has noise of its own; resuming does not change it."""
     def draws(folder):
         drawn = []
 
@@ -206,7 +206,7 @@ def test_noise_of_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_that_goes_on_ends_in_the_same_weights(micro, tmp_path, stage):
+def test_a_killed_run_resumes_and_ends_in_the_same_weights(micro, tmp_path, stage):
     folder = shutil.copytree(micro, tmp_path / "killed")
     (folder / f"{stage}.pt").unlink()
     for steps in (4, 5):  # dies twice after the checkpoint of step 3
@@ -219,7 +219,7 @@ def test_a_killed_run_that_goes_on_ends_in_the_same_weights(micro, tmp_path, sta
     assert not (folder / f"{stage}.ckpt").exists() and not (folder / "cache").exists()
 
 
-def test_the_same_command_goes_on_after_ctrl_c(micro, tmp_path):
+def test_the_same_command_resumes_after_ctrl_c(micro, tmp_path):
     folder = shutil.copytree(micro, tmp_path / "run")
     log = folder / "metrics.jsonl"
     log.unlink()
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_last_file_whole(tmp_path, monkeypatch, error):
     assert path.read_bytes() == saved and text.read_text() == "{}" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_run_on_a_full_disk_goes_on_when_there_is_room(micro, tmp_path, monkeypatch):
+def test_a_run_on_a_full_disk_resumes_when_there_is_room(micro, tmp_path, monkeypatch):
     """In a process that may write no large files: first in the cache, then in a checkpoint."""
     resource = pytest.importorskip("resource")
     folder = shutil.copytree(micro, tmp_path / "run")
@@ -292,7 +292,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(micro, tmp_path, monkey
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert not list(folder.rglob("*.new")) and {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     with open(folder / "metrics.jsonl", "a") as log:
-        log.write('5\n{"stage": "te')  # the chart leaves out such lines
+        log.write('5\n{"stage": "te')  # the plot leaves out such lines
     train.main(["text", "--run", str(folder), *FEW])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 9000))
     with pytest.raises(train.UserError, match="only 0.0 GB is free: give a smaller --cache"):
@@ -311,7 +311,7 @@ def test_a_finished_run(micro):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_goes_on_from_given_weights(micro, tmp_path, stage):
+def test_a_stage_continues_from_given_weights(micro, tmp_path, stage):
     """At a learning rate next to 0, what is trained stays what was given, at another size too."""
     folder = tmp_path / "fine"
     train.main([stage, "--run", str(folder), "--init-from", str(micro), "--image-size", "64", *FEW, "--steps", "2",
@@ -324,7 +324,7 @@ def test_a_stage_goes_on_from_given_weights(micro, tmp_path, stage):
     assert fine.generate(["a red star"], steps=(1, 1)).shape == (1, 64, 64, 3)
 
 
-def test_options_of_the_command_over_those_of_the_run_over_defaults(micro, tmp_path, monkeypatch):
+def test_the_command_overrides_the_run_which_overrides_the_defaults(micro, tmp_path, monkeypatch):
     folder, seen = shutil.copytree(micro, tmp_path / "run"), []
     monkeypatch.setattr(train, "Run", lambda args, data: seen.append(args) or kill())
     for options in ([], ["--seed", "5", "--flip", "--cache", "128"], ["--no-flip", "--freeze-text"], ["--lr", "3"]):
@@ -355,7 +355,7 @@ def test_device_and_precision_are_saved_only_if_given(micro, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("missing", [["tokens", "init_from"], ["device", "precision", "freeze_text", "cache", "flip"]])
-def test_a_run_from_before_an_option_goes_on(micro, tmp_path, missing):
+def test_a_run_older_than_an_option_resumes(micro, tmp_path, missing):
     folder = shutil.copytree(micro, tmp_path / "run")
     options = {name: value for name, value in train.read_options(micro).items() if name not in missing}
     (folder / "options.json").write_text(json.dumps(options | dict(gone=5)))
@@ -366,10 +366,10 @@ def test_a_run_from_before_an_option_goes_on(micro, tmp_path, missing):
     assert "was started with tokens False" in last_words("train.py", "--run", folder, "--tokens")
 
 
-def test_an_unfinished_stage_goes_on_as_it_was_begun(micro, tmp_path, capsys):
+def test_an_unfinished_stage_resumes_as_it_was_begun(micro, tmp_path, capsys):
     folder = shutil.copytree(micro, tmp_path / "run")
     begun = ["a", "--run", str(folder), "--steps", "9", "--batch-size", "3", "--lr", "0.002", "--save-every", "4"]
-    for first in (0, 4):  # the second time, it goes on
+    for first in (0, 4):  # the second time, it resumes
         with killed_after(6):
             train.main(begun if first == 0 else ["a", "--run", str(folder), "--save-every", "4"])
         said = capsys.readouterr().out
@@ -381,8 +381,8 @@ def test_an_unfinished_stage_goes_on_as_it_was_begun(micro, tmp_path, capsys):
     assert metrics(folder)[-8]["lr"] == pytest.approx(0.001 * (0.5 + 0.5 * math.cos(math.pi * 4 / 12)))
 
 
-def test_a_checkpoint_goes_on_in_another_precision(tmp_path):
-    """And one from before the recipe was part of it."""
+def test_a_checkpoint_resumes_in_another_precision(tmp_path):
+    """So does one saved before checkpoints contained the recipe."""
     def loss_fn(network, batch, step):
         return network(batch).float().square().mean(), {}
     options = ["--steps", "6", "--save-every", "1"]
@@ -405,7 +405,7 @@ def test_errors_are_one_line(micro, tmp_path):
 
 
 def test_the_test_loss_always_has_the_same_noise(run, tmp_path):
-    """At every checkpoint, of the averaged weights in evaluation mode; nothing else changes."""
+    """It is computed at every checkpoint, with the averaged weights in evaluation mode, and changes nothing else."""
     def train_b(name, tests):
         folder, seen = shutil.copytree(run, tmp_path / name), []
         for file in ("b.pt", "c.pt", "metrics.jsonl"):
@@ -431,7 +431,7 @@ def test_the_test_loss_always_has_the_same_noise(run, tmp_path):
     assert found == pytest.approx(3 * [found[0]], rel=0.01)  # with the same noise; only BatchNorm's statistics change
 
 
-def test_the_cache_is_read_while_it_is_newer(micro, tmp_path, monkeypatch):
+def test_the_cache_is_read_while_it_is_newer_than_its_sources(micro, tmp_path, monkeypatch):
     folder, computed = shutil.copytree(micro, tmp_path / "run"), []
 
     def begin(stage, *options):

@@ -2,7 +2,7 @@
 A tour in pictures: what each part of Würstchen computes for one caption, as a page for any browser.
 
     python tests/tour.py                                     with the model that comes with the code
-    python tests/tour.py "a green cross" --run runs/tiny     another caption (of two objects, best), another run
+    python tests/tour.py "a green cross" --run runs/tiny     another caption (best with two objects), another run
 
 Writes tour/index.html, which holds all pictures, and the pictures themselves beside it.
 """
@@ -36,11 +36,11 @@ img { max-width: 100%; image-rendering: pixelated } figcaption { font-size: 15px
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Figures: PIL images of numbers.
+# Figures: numbers as PIL images.
 
 
 def colours(x, limit=None):
-    """Numbers (...) -> (..., 3) in [0, 1]: red if positive, blue if negative; full colour at `limit` or the largest"""
+    """Numbers (...) -> (..., 3) in [0, 1]: red if positive, blue if negative; full colour at `limit` or at max |x|"""
     x = (x.float() / (limit or x.abs().max().clamp(min=1e-9))).clamp(-1, 1)[..., None]
     red, blue = torch.tensor([0.75, 0.1, 0.1]), torch.tensor([0.1, 0.25, 0.75])
     return 1 - x.abs() * (1 - torch.where(x > 0, red, blue))
@@ -76,7 +76,7 @@ def marked(image, cell, count):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The stations. Each yields figures: a PIL image, what it shows, and the functions that compute it.
+# The stations. Each yields, per figure, a PIL image, what it shows, and the functions that compute it.
 
 
 class Guide:
@@ -86,7 +86,7 @@ class Guide:
         self.folder, self.model, self.caption = folder, w.Wuerstchen.load(folder), caption
         if self.model.config.b.token_width:
             raise w.UserError("the tour shows version 2's Stage B; this run has version 1's")
-        self.known = (folder, caption) == (MODEL, CAPTION)  # of which we can say what the pictures show
+        self.known = (folder, caption) == (MODEL, CAPTION)  # then we know what the pictures show
         data = train.open_data(argparse.Namespace(**train.read_options(folder)))["test"]
         self.images, self.captions = train.examples(data, 8)
         self.semantic = self.model.compress(self.images)
@@ -104,8 +104,8 @@ def words(guide):
     caption, count = guide.caption, len(guide.tokens)
     text = guide.model.encode_text([caption], "b")[0]
     yield (table(text[:count, :12], guide.tokens, [str(i) for i in range(12)], 1),
-           "Each token becomes a vector; a row shows twelve of its numbers. A token sees only itself and those before: "
-           "the last one stands for the whole caption.", w.Tokenizer.encode, w.TextEncoder)
+           "Each token becomes a vector; its row shows the first twelve numbers. A token sees only itself and the "
+           "tokens before it, so the end token stands for the whole caption.", w.Tokenizer.encode, w.TextEncoder)
     others = [caption, *(caption.replace(a, b) for a, b in (
         ("red", "pink"), ("red", "green"), ("circle", "star"), ("big", "small"), ("left", "right"),
         ("to the left of", "above"), ("square", "cross")) if a in caption)]
@@ -113,12 +113,12 @@ def words(guide):
     ends = guide.model.encode_text(others, "b")[torch.arange(len(others)), mask.sum(dim=1) - 1]
     yield (table(F.cosine_similarity(ends[:, None], ends[None], dim=-1),
                  [f"{i}: {other}" for i, other in enumerate(others, 1)], [*map(str, range(1, len(others) + 1))]),
-           "The cosine between the end tokens' vectors of captions that differ in one thing. Training compared a "
-           "projection of these vectors with images.", w.CLIP.embed_text, w.contrastive_loss)
+           "Cosines between the end tokens' vectors of captions that each differ from the first in one thing. Training "
+           "compared a projection of these vectors with image vectors.", w.CLIP.embed_text, w.contrastive_loss)
 
 
 def stage_a(guide):
-    """Stage A: latents four times smaller than the image"""
+    """Stage A: latents, four times smaller than the image in each direction"""
     a, images, side = guide.model.a, guide.images[:1], guide.images.shape[1]
     latents = a.encode(images)
     rebuilt, _, codes, _ = a(images)
@@ -126,39 +126,42 @@ def stage_a(guide):
     shades = torch.rand(len(a.quantizer.codebook), 3, generator=torch.Generator().manual_seed(0))
     yield (make_sheet([torch.cat([images, enlarge(channels, side), enlarge(shades[codes], side)])],
                       ["image", *(f"latent channel {i}" for i in range(len(channels))), "codes"]),
-           "Stage A turns every 4x4 pixels into four numbers (red: positive, blue: negative). Their code is the "
-           "nearest codebook entry's number (a random colour); Stage B uses the latents.", w.VQGAN.encode, w.Quantizer)
+           "Stage A turns each block of 4x4 pixels into four numbers, the latents (red: positive, blue: negative). "
+           "Their code is the index of the nearest codebook entry, shown as a random colour. Stage B uses the latents, "
+           "not the codes.", w.VQGAN.encode, w.Quantizer)
     changed, (y, x) = latents.clone(), (n // 2 for n in latents.shape[1:3])
     changed[0, y, x, 0] += latents[..., 0].std()
     yield (make_sheet([torch.cat([images, rebuilt, 1 - 8 * (rebuilt - images).abs(),
                                   1 - 8 * (a.decode(changed) - a.decode(latents)).abs()])],
                       ["image", "reconstructed from its codes", "difference (x8)",
                        "effect of shifting one latent by one standard deviation (x8)"]),
-           "Most of what is lost is at the edges. One latent changes only the pixels around it.", w.VQGAN.decode)
+           "Most of what is lost is at the objects' edges. One latent changes only the pixels around it.",
+           w.VQGAN.decode)
 
 
 def semantic(guide):
     """The semantic latents: the image in a few numbers"""
     images, e, rows, (_, n, _, channels) = guide.images, guide.semantic, [], guide.semantic.shape
     yield (make_sheet([enlarge(colours(e[i].movedim(-1, 0), 3), 48) for i in range(2)], [*map(str, range(channels))]),
-           f"The semantic latents of two test images: {n}x{n} cells of {channels} numbers, a column for each. The "
-           "compressor learned them together with Stage B.", w.SemanticCompressor, w.Wuerstchen.compress)
+           f"Two test images' semantic latents, a row each: {n}x{n} cells of {channels} channels, a column each. The "
+           "compressor was trained together with Stage B.", w.SemanticCompressor, w.Wuerstchen.compress)
     for i, j, cell in ((1, 3, (0, n // 2)), (3, 1, (0, n // 2)), (6, 3, (n - 1, n // 2))):
         mixed = e[i].clone()
         mixed[cell] = e[j][cell]
         rows.append(torch.stack([marked(images[i], cell, n), marked(images[j], cell, n),
                                  *guide.by_b(torch.stack([e[i], mixed]))]))
     yield (make_sheet(rows, ["an image", "another", "decoded from the first's cells", "with the other's framed cell"]),
-           "Stage B decodes an image's semantic latents, without a caption; then with one cell of another image. A "
-           "cell says what is there; the cells around it hold some of the outline too.", w.Wuerstchen.from_semantic)
+           "Stage B decodes an image's semantic latents without a caption, then again with one cell of another image. "
+           "A cell encodes what is at its position; the cells next to it encode part of the shape's outline.",
+           w.Wuerstchen.from_semantic)
     values, rows = (-3, -1.5, 0, 1.5, 3), []
     for channel in range(0, channels, max(1, channels // 4)):
         swept = e[1:2].repeat(len(values), 1, 1, 1)
         swept[..., channel] += torch.tensor(values)[:, None, None] * guide.model.c.latent_std[channel]
         rows.append(guide.by_b(swept))
     yield (make_sheet(rows, [f"{v} std. dev." for v in values]),
-           "One channel, shifted in all cells by up to three standard deviations; each row another channel. Channels "
-           "seldom have a meaning of their own, such as colour: it is spread over all of them.", w.StageC.denormalise)
+           "Each row shifts one channel in all cells by up to three standard deviations. A channel seldom has a "
+           "meaning of its own: colour, for example, is spread over all channels.", w.StageC.denormalise)
 
 
 def noise(guide):
@@ -169,14 +172,14 @@ def noise(guide):
     latents, cells = (w.add_noise(x.expand(5, *x.shape[1:]), torch.randn(1, *x.shape[1:]), times) for x in (x0, e))
     yield (make_sheet([model.a.decode(latents * model.a.scale), guide.by_b(model.c.denormalise(cells))],
                       [f"t = {t:.2f}" for t in times]),
-           "Above: noise in Stage A's latents, decoded. Below: noise in the semantic latents, decoded by B: sharp, but "
-           "at the end a different image.", w.add_noise)
+           "Top: noise in Stage A's latents, decoded. Bottom: noise in the semantic latents, decoded by B: always "
+           "sharp, but at t = 1 a different image.", w.add_noise)
     a = w.alpha_bar(t := torch.linspace(0, 1, 101))
     curves = {"signal left": a, "weight of C's loss": 1 - a, "weight of B's loss": (1 - a) * 0.4 / (a + 0.02).sqrt()}
     yield (train.plot({name: [*zip(t.tolist(), y.tolist())] for name, y in curves.items()}, "t", ""),
-           "The signal left at time t, and the weight of the error at that time. Stage C trains on all times equally; "
-           "Stage B mostly on times from 0.4 to 0.9, so few images have times near the end of its curve.",
-           w.alpha_bar, w.diffusion_loss, train.stage_b_loss)
+           "The signal left at time t, and the weight of the error at that time. Stage C trains on uniform times (7.5% "
+           "of them exactly 1); Stage B mostly on times from 0.4 to 0.9, so it seldom sees those where its weight is "
+           "largest.", w.alpha_bar, w.diffusion_loss, train.stage_b_loss)
 
 
 def stage_c(guide):
@@ -187,8 +190,8 @@ def stage_c(guide):
     x, x0 = (torch.cat([seen[i - 1][j] for i in shown]) for j in (0, 1))
     yield (make_sheet([guide.by_b(model.c.denormalise(x0)), enlarge(colours(x[..., 0], 3), guide.images.shape[1])],
                       [f"step {i} of 60" for i in shown]),
-           "Above: the clean latents that Stage C predicts, decoded by B: first the mean of all that fit the caption. "
-           "Below: a channel of the noisy latents.", w.predict_x0, w.ddpm_step)
+           "Top: the clean semantic latents that Stage C predicts, decoded by B; at step 1, about the mean of all that "
+           "fit the caption. Bottom: one channel of the noisy semantic latents.", w.predict_x0, w.ddpm_step)
 
 
 def attention(guide):
@@ -196,8 +199,8 @@ def attention(guide):
     model, weights, attend = guide.model, [], F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None):
-        if attn_mask is None:  # the text encoder's has one
-            weights.append((q @ k.mT / q.shape[-1]**0.5).softmax(dim=-1).mean(dim=1))  # of all heads: (B, N, M)
+        if attn_mask is None:  # the text encoder's attention has a mask
+            weights.append((q @ k.mT / q.shape[-1]**0.5).softmax(dim=-1).mean(dim=1))  # mean of all heads: (B, N, M)
         return attend(q, k, v, attn_mask)
 
     names, side, depth = guide.tokens, guide.semantic.shape[1], model.config.c.depth
@@ -210,9 +213,10 @@ def attention(guide):
     cells, places = side * side, {"left": side // 2 * side, "right": side // 2 * side + side - 1}
     read = [block[0, place, cells:cells + len(names)] for block in middle for place in places.values()]
     yield (table(torch.stack(read), [f"block {i}, {cell} cell" for i in range(1, depth + 1) for cell in places], names),
-           "How much Stage C's left and right cells attend to each word, halfway through sampling (mean over heads; "
-           "the rest goes to cells and padding). A token's vector holds all that came before it." + guide.known * (
-               " The left cell attends to “left of a”, the first to know that the red circle is to be on the left."),
+           "How much the left and the right cell of Stage C's middle row attend to each token, halfway through "
+           "sampling (mean over heads; the rest of the attention goes to cells and padding). A token's vector also "
+           "depends on the tokens before it." + guide.known * (
+               " The left cell attends to “left of a”, the first tokens that show that the red circle is on the left."),
            w.AttnBlock)
     block = min(weights[len(weights) // 2:], key=lambda x: x.shape[1])[0]  # at the U-Net's lowest level, halfway
     grid = int((block.shape[1] - model.tokenizer.length) ** 0.5)
@@ -221,12 +225,13 @@ def attention(guide):
     maps = rows[:, :grid * grid].view(2, grid, grid, 1).expand(-1, -1, -1, 3)
     maps = enlarge(1 - maps / maps.amax(dim=(1, 2, 3), keepdim=True), guide.images.shape[1])
     yield (make_sheet([torch.cat([drawn, maps])], ["generated", "middle of the left half", "middle of the right half"]),
-           "Which positions of the image two positions in Stage B attend to (dark: more), in a block at the U-Net's "
-           "lowest level." + guide.known * " Not to their own object, as one might expect, but to a few others.",
+           "Two positions in Stage B, and which positions of the image they attend to (darker: more), in a block at "
+           "the U-Net's lowest level." + guide.known * (
+               " They attend not to their own object, as one might expect, but to a few other positions."),
            w.Attention.attend)
     yield (table(rows[:, grid * grid:][:, :len(names)], ["left", "right"], names),
-           "The same two places' attention to the words." + guide.known * " Each attends to its own object's word.",
-           w.StageB.encode_conditions)
+           "How much the same two positions attend to each token." + guide.known * (
+               " Each attends to its own object's word."), w.StageB.encode_conditions)
 
 
 def guidance(guide):
@@ -246,20 +251,22 @@ def stage_b(guide):
     yield (make_sheet([model.a.decode(torch.cat([seen[i - 1] for i in shown]) * model.a.scale)],
                       [f"step {i} of 12" for i in shown]),
            "The clean latents that Stage B predicts, decoded by Stage A. At the first step, everything is already in "
-           "place, as the semantic latents say where; the later steps make it sharp.", w.StageB.predict_eps, w.sample)
+           "place, because the semantic latents say where it is; the later steps make it sharp.",
+           w.StageB.predict_eps, w.sample)
     given, captions = torch.cat([e, e, 0 * e, 0 * e]), [guide.captions[1], "", guide.captions[1], ""]
     yield (make_sheet([guide.by_b(given, captions, seed) for seed in range(2)],
                       ["both", "without the caption", "without the semantic latents", "with neither"]),
-           "Two seeds, a row each. The semantic latents settle almost everything. The caption alone, which training "
+           "Two seeds, a row each. The semantic latents decide almost everything. The caption alone, which training "
            "seldom gave Stage B, is not enough.", train.noisy_conditions)
 
 
 def training(guide):
-    """What a model generates early, halfway and at the end of its training"""
+    """What Stages B and C make early, halfway and at the end of their training"""
     for stage in "bc":
         sheets = sorted((guide.folder / "sheets").glob(f"{stage}_*.png"))
         for path in sorted({*sheets[:1], *sheets[len(sheets) // 2:][:1], *sheets[-1:]}):
-            yield Image.open(path), f"Stage {stage.upper()} after {int(path.stem[2:])} steps.", train.fit
+            yield Image.open(path), (f"Stage {stage.upper()} after {int(path.stem[2:])} steps. Top row: test images; "
+                                     "below, what the model makes of them and of their captions."), train.fit
 
 
 STATIONS = (words, stage_a, semantic, noise, stage_c, attention, guidance, stage_b, training)

@@ -1,4 +1,4 @@
-"""Every way of drawing, for what it promises; on a small model with random weights."""
+"""Every way to generate and edit images keeps its promises, with a small model of random weights."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ def run(model, tmp_path_factory):
     return run
 
 
-def draw(run, *command):  # what sample.py writes -> array (H, W, 3)
+def run_sample(run, *command):  # what sample.py writes -> array (H, W, 3)
     script.main([*map(str, command), *f"--run {run} --out {run}/out.png --steps-c 4 --steps-b 3".split()])
     return np.array(Image.open(run / "out.png")).astype(int)
 
@@ -50,7 +50,7 @@ def spy(monkeypatch, model, name):
     return calls
 
 
-def test_an_image_keeps_to_its_seed_in_every_batch(model):
+def test_a_seed_gives_the_same_image_in_every_batch(model):
     together = model.generate(PROMPTS, seed=[5, 6, 7], **FEW)
     for i, prompt in enumerate(PROMPTS):
         assert close(model.generate([prompt], seed=5 + i, **FEW), together[i:i + 1])
@@ -73,18 +73,19 @@ def test_guidance_is_the_runs_unless_given(run, monkeypatch):
                        for more in ({}, dict(guidance=(3.0, 1.5))))
         assert torch.equal(first, same)
     monkeypatch.setattr(script.Wuerstchen, "load", lambda *args: model)
-    assert (draw(run, "a star", "--seed", 1) == draw(run, "a star", "--seed", 1, "--cfg", 3, "--cfg-b", 1.5)).all()
+    given = run_sample(run, "a star", "--seed", 1, "--cfg", 3, "--cfg-b", 1.5)
+    assert (run_sample(run, "a star", "--seed", 1) == given).all()
 
 
 @pytest.mark.parametrize("options", [FEW, FEW | OTHER])
 def test_redraw_goes_from_reconstruct_to_generate(model, options):
     images, options = shapes(3), dict(seed=2, guidance=(4.0, 1.0)) | options
     _, varied = model.reconstruct(images, PROMPTS, **options | dict(steps=3, guidance=options["guidance"][1]))
-    drawn = model.generate(PROMPTS, **options)
+    generated = model.generate(PROMPTS, **options)
     assert torch.equal(script.redraw(model, images, PROMPTS, 0, **options), varied)
-    assert torch.equal(script.redraw(model, images, PROMPTS, 1, **options), drawn)
+    assert torch.equal(script.redraw(model, images, PROMPTS, 1, **options), generated)
     half = script.redraw(model, images, PROMPTS, 0.5, **options)
-    assert not close(half, varied) and not close(half, drawn)
+    assert not close(half, varied) and not close(half, generated)
     assert not close(half, script.redraw(model, images.flip(0), PROMPTS, 0.5, **options))  # the image matters
 
 
@@ -107,7 +108,7 @@ def test_reconstruct_keeps_the_semantic_latents(model, monkeypatch):
     assert close(varied[1:2], model.reconstruct(image, PROMPTS[:1], seed=2, steps=3)[1])
 
 
-def test_mix_ends_in_reconstruct(model):
+def test_the_ends_of_mix_are_reconstructions(model):
     images, options = shapes(2), dict(steps=3, negative="a red star", guidance=1.5)
     mixed = script.mix(model, images, PROMPTS[0], 5, seed=4, **options)
     for i, image in ((0, images[:1]), (4, images[1:])):
@@ -117,7 +118,7 @@ def test_mix_ends_in_reconstruct(model):
     assert close(mixed[2:3], middle) and not close(mixed[1:2], middle) and not close(mixed[:1], mixed[-1:])
 
 
-def test_fill_leaves_the_rest(model):
+def test_fill_leaves_the_rest_unchanged(model):
     images, masks = shapes(2), torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, :, 32:], masks[1, 40:, :20] = True, True
     filled = script.fill(model, images, masks, PROMPTS[:2], seed=1, **FEW)
@@ -138,21 +139,21 @@ def test_fill_all_is_generate_and_fill_nothing_is_stage_a(model, options):
     torch.testing.assert_close(script.fill(model, images, ~everything, PROMPTS[:2], **options), by_a)
 
 
-def test_fill_draws_the_cells_that_the_mask_touches(model, monkeypatch):
+def test_fill_generates_the_cells_that_the_mask_touches(model, monkeypatch):
     masks, images = torch.zeros(1, 64, 64, dtype=torch.bool), shapes(1)
     masks[0, 31, 45] = True
     c, b = spy(monkeypatch, model, "sample_c"), spy(monkeypatch, model, "sample_b")
     script.fill(model, images, masks, [""], **FEW)
-    for ((x, *_), options, drawn), known, cell in (
+    for ((x, *_), options, generated), known, cell in (
             (c[0], model.compress(images), [0, 0, 1]), (b[0], model.a.encode(images), [0, 7, 11])):
         there = options["after_step"](torch.full_like(x, torch.nan), None, torch.tensor(0.0))
         free = there.isnan().all(dim=-1)
         assert free.nonzero().tolist() == [cell] and not there[~free].isnan().any()
-        torch.testing.assert_close(drawn[~free], known[~free])
+        torch.testing.assert_close(generated[~free], known[~free])
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_kept_latents_are_put_back_at_the_level_of_each_step(sampler):
+def test_kept_latents_are_put_back_at_the_noise_level_of_each_step(sampler):
     seen, known, noise, mask = [], *torch.randn(2, 2, 3, 4, 5), torch.rand(2, 3, 4, 1) > 0.5
     times = torch.tensor([1, 0.7, 0.3, 0])
     x = sample(lambda x, t, conditions: seen.append(x) or 0.9 * x, noise, times, (), sampler=sampler,
@@ -165,33 +166,34 @@ def test_kept_latents_are_put_back_at_the_level_of_each_step(sampler):
 
 
 @pytest.mark.parametrize("options", [{}, OTHER])
-def test_film_ends_in_the_image_that_generate_draws(model, monkeypatch, options):
+def test_film_ends_in_the_image_of_generate(model, monkeypatch, options):
     options, calls, seen = dict(steps=(5, 4), size=(64, 96)) | options, spy(monkeypatch, model, "from_semantic"), []
     film = script.film(model, PROMPTS[:2], [3, 4], **options)
     assert len(film) == 5 + 1 and all(frame.shape == (2, 64, 96, 3) for frame in film)
-    drawn = model.generate(PROMPTS[:2], seed=[3, 4], after_step=lambda x, x0, t: seen.append(x0) or x, **options)
-    assert torch.equal(film[-1], drawn)
+    generated = model.generate(PROMPTS[:2], seed=[3, 4], after_step=lambda x, x0, t: seen.append(x0) or x, **options)
+    assert torch.equal(film[-1], generated)
     for (args, *_), x0 in zip(calls[:5], seen):
         torch.testing.assert_close(args[0], x0 * model.c.latent_std + model.c.latent_mean)
     other = model.generate(PROMPTS[:2], seed=[5, 6], **options)
-    assert (film[-2] - drawn).abs().mean() < 0.2 * (other - drawn).abs().mean()  # the last estimate, the same noise
+    # The last estimate, with the same noise.
+    assert (film[-2] - generated).abs().mean() < 0.2 * (other - generated).abs().mean()
 
 
-@pytest.mark.parametrize("side, rows", [(64, 2), (640, 1)])  # large images are drawn one after the other
+@pytest.mark.parametrize("side, rows", [(64, 2), (640, 1)])  # large images are generated one at a time
 def test_image_i_of_a_command_has_the_seed_plus_i(run, side, rows):
     size, images = ["--height", side, "--width", side, "--steps-b", 1], []
-    grid = draw(run, *PROMPTS[:rows], "--count", 2, "--seed", 8, *size)
+    grid = run_sample(run, *PROMPTS[:rows], "--count", 2, "--seed", 8, *size)
     for i in range(2 * rows):
         top, left = (4 + place * (side + 4) for place in divmod(i, 2))
         images.append(grid[top:top + side, left:left + side])
-        assert abs(draw(run, PROMPTS[i // 2], "--seed", 8 + i, *size) - images[i]).max() <= 1
+        assert abs(run_sample(run, PROMPTS[i // 2], "--seed", 8 + i, *size) - images[i]).max() <= 1
     assert abs(images[0] - images[1]).max() > 1
 
 
-def test_the_script_draws_each_way(run, model):
+def test_the_script_runs_each_mode(run, model):
     a, b, half, prompt, right = *(run / f"{x}.png" for x in ("a", "b", "half")), PROMPTS[1], torch.arange(64) >= 32
     given, options = [model, shapes(1)], dict(prompts=[prompt], seed=5, **FEW, **OTHER)
-    for command, drawn in {
+    for command, generated in {
             (): model.generate(**options),
             ("--fast",): model.generate(**options | dict(steps=("fast", 3))),
             ("--height", 64, "--width", 96): model.generate(size=(64, 96), **options),
@@ -199,19 +201,19 @@ def test_the_script_draws_each_way(run, model):
             ("--redraw", a): script.redraw(*given, strength=0.6, **options),
             ("--redraw", a, "--strength", 0.3): script.redraw(*given, strength=0.3, **options),
             ("--fill", a, half): script.fill(*given, right.expand(1, 64, 64), **options)}.items():
-        written = draw(run, prompt, *command, "--seed", 5, "--negative", OTHER["negative"], "--cfg", 3, "--cfg-b", 1.5,
-                       "--sampler", "ddim")
-        assert abs(written - np.array(script.to_pil(drawn[0]))).max() <= 1, command
-    assert draw(run, "--fill", a, half, prompt, "--height", 64, "--width", 96).shape == (64, 96, 3)
-    assert (draw(run, prompt, "--film", run / "film.gif") == draw(run, prompt)).all()
+        written = run_sample(run, prompt, *command, "--seed", 5, "--negative", OTHER["negative"], "--cfg", 3,
+                             "--cfg-b", 1.5, "--sampler", "ddim")
+        assert abs(written - np.array(script.to_pil(generated[0]))).max() <= 1, command
+    assert run_sample(run, "--fill", a, half, prompt, "--height", 64, "--width", 96).shape == (64, 96, 3)
+    assert (run_sample(run, prompt, "--film", run / "film.gif") == run_sample(run, prompt)).all()
     assert (film := Image.open(run / "film.gif")).n_frames == 5 and film.info["loop"] == 0
-    rebuilt = draw(run, "--reconstruct", a, b)
-    assert (rebuilt[4:68, 4:68] == np.array(Image.open(a))).all()
-    told, untold = draw(run, prompt, "--reconstruct", a)[140:204, 4:68], rebuilt[140:204, 4:68]
-    assert abs(told - draw(run, prompt, "--vary", a, "--count", 1)).max() <= 1 < abs(told - untold).max()
+    reconstructed = run_sample(run, "--reconstruct", a, b)
+    assert (reconstructed[4:68, 4:68] == np.array(Image.open(a))).all()
+    told, untold = run_sample(run, prompt, "--reconstruct", a)[140:204, 4:68], reconstructed[140:204, 4:68]
+    assert abs(told - run_sample(run, prompt, "--vary", a, "--count", 1)).max() <= 1 < abs(told - untold).max()
     for command, count in ((["--vary", a], 4), (["--mix", a, b], 7), (["--mix", a, b, "--count", 3], 3)):
-        drawn = draw(run, *command)
-        assert drawn.shape == (72, count * 68 + 4, 3) and abs(drawn[4:68, 4:68] - untold).max() <= 1
+        generated = run_sample(run, *command)
+        assert generated.shape == (72, count * 68 + 4, 3) and abs(generated[4:68, 4:68] - untold).max() <= 1
 
 
 def test_a_sheet_that_its_format_can_t_hold_is_written_as_png(run, monkeypatch):
@@ -226,8 +228,8 @@ def test_a_sheet_that_its_format_can_t_hold_is_written_as_png(run, monkeypatch):
     assert Image.open(run / "wide.webp.png").width == 2 * 68 + 4
 
 
-def test_what_is_too_long_is_said(run, capsys):
-    draw(run, PROMPTS[0], PROMPTS[1] + 30 * " and" + " a pink star")
+def test_a_prompt_that_is_too_long_is_reported(run, capsys):
+    run_sample(run, PROMPTS[0], PROMPTS[1] + 30 * " and" + " a pink star")
     said, = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "24 tokens" in said and 'left out: "and ' in said and said.endswith('and a pink star"')
 
@@ -257,7 +259,7 @@ def test_odd_images_look_as_in_a_viewer(tmp_path):
 
 @pytest.mark.parametrize("size", [(90, 60), (45, 30), (271, 180)])
 def test_a_mask_is_scaled_and_cut_like_its_image(tmp_path, size):
-    """White is drawn anew, black and what is transparent is kept, in all modes."""
+    """White is generated anew; black and transparent pixels are kept, in all image modes."""
     Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
     white = (Image.new("L", size), Image.new("L", size, 255))
     for mask in white:
@@ -270,7 +272,7 @@ def test_a_mask_is_scaled_and_cut_like_its_image(tmp_path, size):
         assert loaded.shape == (32, 32) and loaded[:, 17:].all() and not loaded[:, :15].any()
 
 
-def test_chart():
+def test_plot():
     """Points lie where the axes say, on a frame from (60, 24) to (450, 316)."""
     red, blue = (215, 48, 31), (43, 108, 176)  # of the first curve and the second
     for log, middle, height in ((False, 10, 24), (True, 10 ** 0.5, 170)):
