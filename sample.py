@@ -78,14 +78,14 @@ def make_sheet(rows, captions=(), gap=4):
     at most N strings"""
     count, height, width, _ = rows[0].shape
     lines = [textwrap.wrap(caption, width // 6) for caption in captions]
-    text_height = 11 * max(map(len, lines), default=0)
+    text_height = 14 * max(map(len, lines), default=0)
     sheet = Image.new("RGB", (count * (width + gap) + gap, len(rows) * (height + gap) + gap + text_height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             sheet.paste(to_pil(image), (gap + x * (width + gap), gap + y * (height + gap)))
     for x, caption in enumerate(lines):
         ImageDraw.Draw(sheet).multiline_text((gap + x * (width + gap), len(rows) * (height + gap) + gap),
-                                             "\n".join(caption), "black", spacing=0)
+                                             "\n".join(caption), "black", font_size=12, spacing=2)
     return sheet
 
 

@@ -49,7 +49,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
@@ -1156,6 +1156,7 @@ def plot(curves, x_label, y_label, log=False, circles=None):
     circles: more points under the same labels, to be drawn as circles, or None."""
     image, circles = Image.new("RGB", (640, 360), "white"), circles or {}
     pen, (left, top, right, bottom) = ImageDraw.Draw(image), (60, 24, 450, 316)
+    pen.font = ImageFont.load_default(12)
 
     def axis(values, start, end, log):
         """-> a function from values to pixels, and the values that get a tick"""

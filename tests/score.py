@@ -326,7 +326,7 @@ def sweep(model, args):
     for steps in SWEEP["steps_c"]:
         row = torch.cat([generate(model, [prompt], args, cfg=cfg, steps_c=steps) for cfg in SWEEP["cfg"]]).cpu()
         label = Image.new("RGB", (row.shape[2], row.shape[1]), "white")  # a white image at the start of the row
-        ImageDraw.Draw(label).text((4, label.height // 2), f"{steps} steps of C", "black")
+        ImageDraw.Draw(label).text((4, label.height // 2), f"{steps} steps of C", "black", font_size=12)
         grid.append(torch.cat([torch.from_numpy(np.array(label))[None] / 255, row]))
     make_sheet(grid, [prompt, *(f"guidance {cfg}" for cfg in SWEEP["cfg"])]).save(args.out)
     print(f"wrote {args.out}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent.parent
@@ -53,9 +53,10 @@ def enlarge(images, side):
 
 def table(values, rows, columns, digits=2):
     """A PIL image of a matrix (len(rows), len(columns)), each number on its colour"""
-    width, height, left, top = 48, 22, 8 + 6 * max(map(len, rows)), 18
+    width, height, left, top = 48, 22, 8 + 6 * max(map(len, rows)), 20
     image = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), "white")
     pen, shades = ImageDraw.Draw(image), to_pil(colours(values))
+    pen.font = ImageFont.load_default(12)
     for x, column in enumerate(columns):
         pen.text((left + width * x + width // 2, 4), column[:8], "black", anchor="ma")
     for y, row in enumerate(rows):
