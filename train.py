@@ -721,11 +721,12 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 #
 # To add one,
 #
-#     1. add its name to the choices of --data in `parse_args`;
-#     2. add a branch to `open_data` that returns {"train": ..., "test": ...}. If the images are files or arrays, write
-#        only a reader like `list_cifar`: `Images` does the rest;
-#     3. if you write a class in place of `Images`, give --cache too, since only `Images` knows how many images there
-#        are; if it needs no files, treat it like "shapes" wherever --data-dir is checked.
+#     1. add its name to the choices of --data in `parse_args` (its default preset is photos, and it is mirrored);
+#     2. images in files or arrays: write a reader with the arguments and the result of `list_cifar`, and call it beside
+#        that one in `open_data`; `Images` does the rest;
+#     3. anything else: write a class, and let `open_data` return {"train": ..., "test": ...} of it. Then give --cache
+#        too, since only `Images` knows how many images there are. If the class needs no files, treat it like "shapes"
+#        where --data-dir is checked.
 #
 # First comes Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
