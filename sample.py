@@ -5,14 +5,14 @@ Generates images with a trained model:
     python sample.py "a red star" "a green cross above a pink circle" --count 4 --seed 7 --out grid.png
     python sample.py "a photo of a fox" --official DIR    with the published weights, from a copy of their snapshots
     python sample.py "a red star" --film film.gif         and an animation of Stage C's steps
-    python sample.py --reconstruct photo.png              what is left of it after Stage A (4x smaller) and B (42x)
+    python sample.py --reconstruct photo.png              reconstructed by A (latents 4x smaller) and by B and A (42x)
     python sample.py --vary photo.png                     the same semantic latents, decoded by Stage B with new noise
     python sample.py --mix a.png b.png                    interpolates between the semantic latents of two images
     python sample.py --redraw photo.png "a red star" --strength 0.6
     python sample.py --fill photo.png mask.png "a red star"      generates only where the mask is white
 
 Images are numbered row by row from 0. Image i has the seed --seed + i, and is the same (up to rounding) when generated
-alone with that seed.
+alone with that seed. With --mix, all have the seed --seed.
 """
 
 import argparse
@@ -112,13 +112,14 @@ def print_machine(device, precision):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What else the three stages can do. model: Wuerstchen; images (B, H, W, 3) in [0, 1], sides multiples of
-# `model.config.stride`; prompts: list of B; seed: as in `Wuerstchen.generate`. All return such images; `film`, a list.
+# `model.config.stride`; prompts: one per image; seed: as in `Wuerstchen.generate`. All return images in this form;
+# `film` returns a list of such batches.
 
 
 @torch.no_grad()
 def mix(model, images, prompt="", count=7, seed=0, **options):
     """Decodes `count` images from semantic latents interpolated between those of two images, all with the same noise.
-    images (2, H, W, 3), seed: int -> (count, H, W, 3); the ends are what `model.reconstruct` makes of the two"""
+    images (2, H, W, 3), seed: int -> (count, H, W, 3); the first and the last are reconstructions of the two"""
     first, last = model.compress(images)
     between = torch.lerp(first, last, torch.linspace(0, 1, count, device=model.device).view(-1, 1, 1, 1))
     return model.from_semantic(between, [prompt] * count, latent_size_of(images),
@@ -142,9 +143,9 @@ def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(N
 
 
 def keep(known, mask, noise):
-    """Returns a function for `after_step` of `sample`. Where `mask` (B, h, w, 1) is True (here: keep), it resets the
-    latents to the known ones, noised to the time reached, so `fill` generates nothing there. (This is the idea of
-    RePaint, Lugmayr et al., 2022, without its resampling.)"""
+    """Returns a function for `after_step` of `sample`. Where `mask` (B, h, w, 1) is True (keep; in `fill`, True means
+    generate), it resets the latents to the known ones, noised to the time reached, so nothing is generated there. (This
+    is the idea of RePaint, Lugmayr et al., 2022, without its resampling.)"""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
     return after_step
@@ -172,8 +173,8 @@ def fill(model, images, masks, prompts, steps=(None, None), guidance=(None, None
 @torch.no_grad()
 def film(model, prompts, seeds, size=None, steps=(None, None), guidance=(None, None), **options):
     """How images appear: Stage C's estimate of x0 at each of its steps, decoded by Stage B in 4 steps with the noise of
-    the final image. seeds: list of B ints, size (height, width)
-    -> list of images (B, H, W, 3), the last one as from `generate`"""
+    the final image. seeds: one int per image; size (height, width)
+    -> list of (B, H, W, 3), one per frame; the last is what `generate` returns"""
     semantic_size, latent_size = model.config.grid(*(size or [model.config.image_size] * 2))
     generator, estimates = generators(seeds, len(prompts)), []
 
@@ -285,7 +286,7 @@ def main(argv=None):
         model = Wuerstchen.load(args.run, ("text", "a", "b") if without_c else ("text", "a", "b", "c")).to(device)
         print(f"generating with {args.run}" + ", which comes with the code" * (args.run == EXAMPLE))
     print_machine(device, str(dtype).removeprefix("torch."))
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device, torch.float16, enabled=dtype == torch.float16):
         sheet = generate(model, args)
     try:
         sheet.save(args.out)

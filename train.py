@@ -7,7 +7,7 @@ Trains Würstchen from scratch, stage by stage:
     python train.py c --steps 5000                       one stage again, for longer
 
 It first trains a tokenizer, then a text encoder by contrastive learning (the paper uses CLIP's). After that, as in the
-paper, it trains Stage A, then Stage B with its semantic compressor, then Stage C on the compressor's latents. Stage B
+paper, it trains Stage A, then Stage B with its semantic compressor, then Stage C on the semantic latents. Stage B
 uses the text encoder unchanged; Stage C continues training its own copy. The README lists what differs from the
 authors' training. A run writes these files to its folder:
 
@@ -17,7 +17,7 @@ authors' training. A run writes these files to its folder:
     clip.pt                     the whole contrastive model, which tests/score.py uses
     STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
     metrics.jsonl               a line every few steps: loss (in B and C also by quarter of t's range: loss_0, ...,
-                                loss_75), learning rate, images per second; at checkpoints, the loss on test images
+                                loss_75), learning rate, images per second; every --save-every steps, test loss
     sheets/, curves.png         images that show the progress, and a plot of the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
@@ -116,7 +116,7 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
     return loss_gen, loss_disc, mse, latents.detach(), codes
 
 
-def noisy_conditions(compressor, resized, text, null_text):
+def noisy_conditions(semantic, text, null_text):
     """Stage B's conditions in training: the text and the semantic latents e. Training changes both, so that B can
     also generate when one or both are missing, and tolerate the errors in Stage C's e:
 
@@ -129,13 +129,12 @@ def noisy_conditions(compressor, resized, text, null_text):
     We drop so many captions because those of Shapes describe nearly everything in an image: otherwise, B would read
     them instead of e. Without a caption, e is the only condition that B has, so it is never noised.
 
-    resized: what the compressor sees (B, rescale·H, rescale·W, 3), in [0, 1]; text (B, L, width); null_text
-    (1, L, width): the encoded null caption, which is the empty string (`Run.encode`)
+    semantic: e (B, hs, ws, 16); text (B, L, width); null_text (1, L, width): the encoded null caption, which is the
+    empty string (`Run.encode`)
     -> e (B, hs, ws, 16), text (B, L, width)"""
     drop_text = bernoulli_mask(0.25, text)
     text = torch.where(drop_text, null_text, text)
-    semantic = compressor(resized).float()
-    noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(len(resized), device=resized.device) / 2)
+    noised = add_noise(semantic, torch.randn_like(semantic), torch.rand(len(text), device=text.device) / 2)
     noise_semantic = bernoulli_mask(0.1, semantic) & ~drop_text[..., None]
     drop_semantic = bernoulli_mask(0.05, semantic)
     semantic = torch.where(noise_semantic, noised, semantic)
@@ -146,13 +145,15 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
     """Stage B's and the compressor's loss (appendix E.2): diffusion_loss of eps in noised latents, given the text
     and the semantic latents e as `noisy_conditions` gives them. Two changes make B learn to use e sooner:
 
-        most times are near 0.6: t = sigmoid(0.5 + normal noise) (the authors': `training_times`)
+        times around 0.6 are the most frequent: t = sigmoid(0.5 + normal noise) (the authors': `training_times`)
         besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02), which keeps the mean weight the same
 
     At such times, noise hides the shapes in the latents, but wrong guesses still raise the loss, so B must read e.
-    latents: Stage A's (B, h, w, 4), not yet divided by scale; the rest as in `noisy_conditions`
+    resized: what the compressor sees (B, rescale·H, rescale·W, 3), in [0, 1]; latents: Stage A's (B, h, w, 4), not yet
+    divided by scale; the rest as in `noisy_conditions`
     -> each image's loss and its time, (B,) each"""
-    semantic, text = noisy_conditions(compressor, resized, text, null_text)
+    semantic = compressor(resized).float()  # (B, hs, ws, 16); the compressor has no loss but this one
+    semantic, text = noisy_conditions(semantic, text, null_text)
     x0 = latents / scale                                             # (B, h, w, 4)
     t = torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))  # (B,)
     eps = torch.randn_like(x0)                                       # (B, h, w, 4)
@@ -164,7 +165,7 @@ def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
 def token_stage_b_loss(b, compressor, resized, codes, text, null_text):
     """The loss of the paper's first version: `token_loss` of Stage A's codes (B, h, w), each of which is replaced by a
     random one with probability t; the rest as in `stage_b_loss`"""
-    semantic, text = noisy_conditions(compressor, resized, text, null_text)
+    semantic, text = noisy_conditions(compressor(resized).float(), text, null_text)
     t = training_times(len(codes), codes.device)
     noisy, replaced = replace_tokens(codes, torch.randint_like(codes, len(b.tokens.weight)), t)
     return token_loss(b(noisy, t, semantic, text), codes, replaced, t), t
@@ -213,7 +214,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    if p not in self.state:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
                     change = orthogonal(p.grad.lerp(mean, group["momentum"]), self.dtype)
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     # The factor gives changes about the size of AdamW's.
@@ -243,9 +246,10 @@ def orthogonal(x, dtype):
 def make_optimizers(network, lr_scale, dtype):
     """Muon for the weights of Linear layers with at least 64 rows and 64 columns; AdamW for all other parameters, with
     the betas of the authors' script for Stage B. lr_scale(name): the factor by which a parameter's learning rate is
-    multiplied, kept as "lr_scale" in its group. -> list of one or two optimizers"""
+    multiplied. Muon's is three times that. Each group keeps its factor as "lr_scale". -> list of one or two
+    optimizers"""
     large = {m.weight for m in network.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
-    adamw, muons = {}, {}  # factor -> group; Muon's steps may be longer
+    adamw, muons = {}, {}  # factor -> group
     for name, p in network.named_parameters():
         groups, scale = (muons, 3 * lr_scale(name)) if p in large else (adamw, lr_scale(name))
         groups.setdefault(scale, dict(params=[], lr_scale=scale))["params"].append(p)
@@ -310,8 +314,9 @@ def test_loss(network, batches, loss_fn):
 
 def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr_scale=lambda name: 1):
     """Trains a network and returns the moving average of its weights, as a network. Every --save-every steps, it writes
-    a checkpoint. After Ctrl-C or a crash, the next call resumes from there and, on a CPU, ends in the same weights bit
-    for bit. No random state is saved: all random numbers follow from the seed and the number of the step or the image.
+    a checkpoint. After Ctrl-C or a crash, the next call resumes from there and, on a CPU, ends with the same weights,
+    bit for bit, as an uninterrupted run. No random state is saved: all random numbers are derived from the seed and the
+    number of the step or the image.
 
     batches(first, recipe) yields batches from step `first` on;
     loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log; if it has a "loss", that
@@ -348,15 +353,15 @@ def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr
             print(f"stage {stage}: skipped step {step} because its gradient is NaN or inf", file=sys.stderr)
         if skipped == 10:
             raise UserError(f"stage {stage}: no finite gradient in 10 consecutive steps; a lower --lr may help")
-        checkpoint = step % args.save_every == 0 or step == recipe.steps
-        if checkpoint and test_batches:
+        shown = step % args.save_every == 0 or step == recipe.steps
+        if shown and test_batches:
             with run.autocast():
                 numbers["test_loss"] = test_loss(average.module, test_batches, loss_fn)
-        if step % args.log_every == 0 or checkpoint:
+        if step % args.log_every == 0 or shown:
             speed, numbers = (step - first) * recipe.batch / (time.time() - start), {"loss": loss, **numbers}
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
-        if checkpoint and preview:
+        if shown and preview:
             images, captions = examples(run.test_data, 8)
             sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
             sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
@@ -378,7 +383,7 @@ class Run:
         self.precision = args.precision or pick_precision(self.device.type)
         self.train_data, self.test_data = data["train"], data["test"]
         (self.folder / "sheets").mkdir(exist_ok=True)
-        self.model, self.pretrained = None, False  # pretrained: the stage goes on from weights of another run
+        self.model, self.pretrained = None, False  # pretrained: the stage continues from another run's weights
 
     def recipe(self, stage):
         """Each value comes from the command; else from the checkpoint of an unfinished stage; else from the preset."""
@@ -428,10 +433,11 @@ class Run:
 
     def cached(self, name, made_from, compute):
         """Runs compute(images) -> {key: tensor (B, ...)} (see `train_b` and `train_c`) once on the first --cache
-        training images (rounded up to batches of 16) or, without --cache, on all images of a data set on disk. With
-        --flip, it also runs on their mirror images. The results are kept in cache/<name>/. They are computed again if
-        they are incomplete, or older than options.json or `made_from`, the file of the stage they depend on. Every
-        stage deletes cache/ when it is finished, so the cache only helps to resume an interrupted stage.
+        training images in their shuffled order (rounded up to batches of 16) or, without --cache, on all images of a
+        data set on disk. With --flip, it also runs on their mirror images. The results are kept in cache/<name>/. They
+        are computed again if they are incomplete, or older than options.json or `made_from`, the file of the stage they
+        depend on. Every stage deletes cache/ when it is finished, so the cache only helps to resume an interrupted
+        stage.
         -> {key: memory-mapped array (N, ...)}, and "captions", N strings: those of an image, one per line"""
         folder = self.folder / "cache" / name
         complete = folder / "captions.json"  # written last
@@ -497,8 +503,9 @@ def mirror(image, text):
 
 
 def train_tokenizer(captions, config):
-    """Learns byte-pair merges from the training captions, until the vocabulary is full or no pair occurs twice. The
-    tokenizer's length is then set to that of the longest of these captions, but at most to the preset's `length`."""
+    """Learns byte-pair merges from the training captions, until the vocabulary is full or no pair occurs more than
+    once. The tokenizer's length is then set to that of the longest of these captions, but at most to the preset's
+    `length`."""
     tokenizer = Tokenizer.train(captions, config.text_c.vocab_size - 514)  # bytes, bytes that end a word, start, end
     tokenizer.length = min(config.text_c.length, 2 + max(len(tokenizer.encode(one)) for one in set(captions)))
     return tokenizer
@@ -588,7 +595,7 @@ def train_a(run):
         moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle) if network.training else 0
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
-    # A code has a gradient only when it is chosen, but must keep up with moving latents: hence a higher learning rate.
+    # A codebook vector has a gradient only when chosen, but must follow moving latents: hence a higher learning rate.
     average = fit(run, "a", network.to(run.device), run.batches, loss_fn, test_batches=run.test_batches("a"),
                   preview=lambda average, images, captions: [average["a"](images)[0]],
                   lr_scale=lambda name: 5 if name.endswith("codebook") else 1)
@@ -605,9 +612,10 @@ def crop(images, side):
 
 @torch.no_grad()
 def revive_codes(codebook, latents, codes, idle, patience=50):
-    """Moves each code that was not chosen for `patience` steps onto a random latent of the batch, so that the codebook
-    can't collapse. latents (B, h, w, 4), codes (B, h, w); idle (codebook_size,): steps since each code was last chosen,
-    updated here; inf at first, so that every code that the first batch does not choose is moved at once
+    """Moves each codebook vector that has not been chosen for `patience` steps onto a random latent of the batch, so
+    that the codebook can't collapse. latents (B, h, w, 4), codes (B, h, w); idle (codebook_size,): steps since each
+    vector was last chosen, updated here; inf at first, so that every vector that the first batch does not choose is
+    moved at once
     -> how many were moved"""
     idle += 1
     idle[codes.unique()] = 0
@@ -655,15 +663,17 @@ def train_b(run):
                                      null_text=null_text)
         return losses.mean(), by_time(losses, t)
 
-    def preview(average, images, captions):
+    def use(average):
         model.compressor, model.b = average["compressor"], average["b"]
+
+    def preview(average, images, captions):
+        use(average)
         return model.reconstruct(images, captions, seed=0)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
-    average = fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview=preview,
-                  test_batches=run.test_batches("b", compute),
-                  lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1)
-    model.compressor, model.b = average["compressor"], average["b"]
+    use(fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview=preview,
+            test_batches=run.test_batches("b", compute),
+            lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1))
 
 
 @torch.no_grad()
@@ -699,14 +709,16 @@ def train_c(run):
                                  *run.encode(network["text_c"], batch["captions"], "c"))
         return losses.mean(), by_time(losses, t)
 
-    def preview(average, images, captions):
+    def use(average):
         model.text_c, model.c = average["text_c"], average["c"]
+
+    def preview(average, images, captions):
+        use(average)
         return [*model.reconstruct(images, seed=0, guidance=1), model.generate(captions, seed=0)]
 
-    average = fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview=preview,
-                  test_batches=run.test_batches("c", compute),
-                  lr_scale=lambda name: 0.1 if name.startswith("text") else 1)  # at the full rate, it would forget
-    model.text_c, model.c = average["text_c"], average["c"]
+    use(fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview=preview,
+            test_batches=run.test_batches("c", compute),
+            lr_scale=lambda name: 0.1 if name.startswith("text") else 1))  # at the full rate, it would forget
 
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
@@ -717,7 +729,7 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 #
 #     data[i]            for any i >= 0: an image, uint8 array (size, size, 3), and its captions, one string with a
 #                        caption per line. Both depend only on i and the seed, so a step number is enough to resume.
-#     data.captions()    the captions for the tokenizer and for hard negatives; unlike data[i], they must end
+#     data.captions()    the captions for the tokenizer and for hard negatives; finite, unlike data[i]
 #
 # To add one,
 #
@@ -816,8 +828,8 @@ def place(scene, rng):
 
 
 def draw(scene, rng, size=128):
-    """An image of the scene: uint8 array (size, size, 3). Exact positions, tints and sizes that the scene leaves open
-    are random; if it names no background, the background is white."""
+    """An image of the scene: uint8 array (size, size, 3). Exact positions and tints are random, and so is a size that
+    the scene leaves open; if it names no background, the background is white."""
     def tinted(rgb, most):
         return tuple(int(v) for v in np.clip(np.add(rgb, rng.integers(-most, most + 1, size=3)), 0, 255))
 
@@ -842,7 +854,7 @@ class Shapes(Dataset):
         self.size, self.seed, self.split = size, seed, split
 
     def start(self, index):
-        """-> the scene of an image, and the random numbers left to draw it with"""
+        """-> the scene of an image, and the random generator to draw it with"""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         while split_of(scene := random_scene(rng)) != self.split:
             pass
@@ -963,7 +975,7 @@ def read_table(file, text, left_out):
         separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
         names = [name.strip().lower() for name in next(table, [])]
-        # The last column with a name takes what is left of a row: captions have commas, and not all are quoted.
+        # The last column with a name takes the rest of a row: captions have commas, and not all are quoted.
         last = max((i for i, name in enumerate(names) if name), default=0)
         rows = (dict(zip(names, [*row[:last], f"{separator} ".join(filter(None, row[last:]))])) for row in table)
     elif file.suffix.lower() == ".jsonl":
@@ -1267,7 +1279,8 @@ def plain_attention(device, precision):
 @contextlib.contextmanager
 def computing(device, precision, plain):
     """In this context, matrix products have the given precision, and attention is plain or PyTorch's own choice."""
-    with (torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"),
+    half = precision != "float32"  # if not: no dtype, since on MPS some versions of PyTorch warn of float32 even then
+    with (torch.autocast(device, getattr(torch, precision) if half else None, enabled=half),
           sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
         yield
 
@@ -1334,7 +1347,7 @@ def parse_args(argv=None):
     if args.image_size % PRESETS[args.preset].stride:
         parser.error(f"--image-size must be a multiple of {PRESETS[args.preset].stride}")
     if args.download and args.data not in DOWNLOADS:
-        parser.error(f"--download needs --data {', '.join(DOWNLOADS)}")
+        parser.error(f"--download needs --data {' or '.join(DOWNLOADS)}")
     if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         parser.error("--compile needs a C++ compiler")
     if args.init_from and args.stage not in TRAIN:
@@ -1357,11 +1370,12 @@ def begin(args, captions):
             shutil.copy(clip, args.run)
     else:
         config = copy.deepcopy(PRESETS[args.preset])
-        config.text_b, config.image_size = config.text_c, args.image_size  # one text encoder's sizes for both stages
+        config.image_size = args.image_size
         if args.tokens:
             config.b.token_width, config.b.sees_semantic = config.b.channels[0], (False,) * len(config.b.channels)
         tokenizer = train_tokenizer(captions, config)
         config.text_c.vocab_size, config.text_c.length = len(tokenizer), tokenizer.length
+        config.text_b = config.text_c  # one text encoder's sizes for both stages
         with torch.device("meta"):  # no weights yet: only the sizes and the tokenizer are saved
             Wuerstchen(config, tokenizer).save(args.run, stages=())
     counts = collections.Counter(captions)

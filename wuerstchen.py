@@ -28,7 +28,7 @@ Conventions:
 - Images and activations are channels last, (B, H, W, C), except inside EfficientNet and the discriminator. LayerNorm
   and Linear then need no permutes, and a 1x1 convolution is a Linear.
 - Images are float in [0, 1]. "Latents" are Stage A's; "semantic latents" are the semantic compressor's.
-- Time t is continuous in [0, 1]: 0 is the clean image, 1 is noise. x0 is the clean value, eps the noise added to it.
+- Time t is continuous in [0, 1]: 0 is clean, 1 is noise. x0 is the clean value, eps the noise added to it.
 """
 
 import json
@@ -68,7 +68,7 @@ class VQGANConfig:
     channels: tuple = (192, 384)  # of its two levels, at half and at a quarter of the image's size
     blocks: int = 12  # of the decoder, at the lowest resolution
     codebook_size: int = 8192
-    scale: float = 0.3764  # Stage B works on latents divided by this; training measures its own value
+    scale: float = 0.3764  # Stage B works on latents divided by this; training replaces it by a measured one
     disc_depth: int = 6
     disc_width: int = 512
 
@@ -138,10 +138,11 @@ class Config:
         return math.ceil(self.rescale * self.image_size / 32)
 
     def grid(self, height, width):
-        """Latent sizes for an image of height x width pixels, rounded as in the published model. The number of semantic
-        cells per side is the side divided by image_size / cells (42.67 at 128, 256 and 1024 px if `rescale` is 0.75),
-        rounded up. Each cell has as many of Stage A's latents as in training. Their number per side is then rounded to
-        a multiple of `stride` // 4, because B's down-sampling requires it.
+        """Latent sizes for an image of height x width pixels, rounded as in the published model. Along each side, the
+        number of semantic cells is the number of pixels divided by image_size / cells (42.67 at 128, 256 and 1024 px if
+        `rescale` is 0.75), rounded up. Each cell covers as many of Stage A's latents as in training. The number of
+        these latents along each side is then rounded to a multiple of `stride` // 4, because B's down-sampling requires
+        it.
         -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
@@ -287,8 +288,8 @@ class ResBlock(nn.Module):
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts each channel depending on the time: x·(1 + scale) + shift. A Linear computes scale and shift
-    from the time embedding."""
+    """Scales and shifts each channel by amounts that depend on the time: x·(1 + scale) + shift. A Linear computes scale
+    and shift from the time embedding."""
 
     def __init__(self, channels, time_width):
         super().__init__()
@@ -503,9 +504,10 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(logits, ids):
-    """CLIP's loss: the mean of two cross-entropies. The first classifies each image among all N captions. The second
-    classifies each of the first B captions among the B images. In the first, identical captions all count as correct
-    and share the target equally. In the second, the same holds for the images of identical captions.
+    """CLIP's loss: the mean of two cross-entropies. The first is for choosing each image's caption among all N
+    captions; the second, for choosing the image of each of the first B captions among the B images. In the first,
+    identical captions all count as correct and share the target equally. In the second, the same holds for the images
+    of identical captions.
     logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -659,8 +661,8 @@ class SqueezeExcitation(nn.Module):
 
 class MBConv(nn.Module):
     """Expansion, depthwise 3x3 convolution, squeeze-excitation and projection. If `fused`, one full 3x3 convolution
-    replaces the first two, and there is no squeeze-excitation. In training, the branch is dropped with probability
-    `drop` (stochastic depth)."""
+    replaces the first two, and there is no squeeze-excitation. In training, the residual branch of each image is
+    dropped with probability `drop` (stochastic depth)."""
 
     def __init__(self, c_in, c_out, expansion, stride, fused, drop):
         super().__init__()
@@ -790,8 +792,8 @@ class StageB(nn.Module):
         return self.predict_eps(x, t, self.encode_conditions(semantic, text, x.shape[1:3]))
 
     def encode_conditions(self, semantic, text, size):
-        """Computes everything that does not depend on x or t; sampling does this once per image. The result holds, for
-        each level, the semantic latents, resized to the level's size and mapped, and the text's keys and values.
+        """Computes everything that does not depend on x or t; sampling does this once per image. For each level, the
+        result holds the semantic latents, mapped and at the level's size, and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
         text, conditions, depth = self.text_norm(self.text_mapper(text)), [], len(self.down)  # (B, L, cond_width)
         levels = (*range(depth), *reversed(range(depth)))  # in the order they run: down, then up
@@ -987,7 +989,7 @@ def generators(seed, count):
 
 def timesteps(steps, device):
     """steps: how many, evenly spaced from 1 to 0; or "fast", the authors' short list for Stage C: 19 steps down to 2/3,
-    ten more to 0 -> falling tensor (steps + 1,)"""
+    ten more to 0 -> decreasing tensor (steps + 1,)"""
     if steps == "fast":
         return torch.tensor([1 - i / 57 for i in range(20)] + [(10 - i) / 15 for i in range(1, 11)], device=device)
     return torch.linspace(1, 0, steps + 1, device=device)
@@ -1010,11 +1012,11 @@ def guided(network, x, t, conditions, guidance):
 def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler="ddpm", after_step=None):
     """The sampling loop (section 3.3).
 
-    network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: falling to 0, (n + 1,);
-    conditions and guidance: see `guided`; sampler: "ddpm" or "ddim"; generator: for the `normal_noise` of each DDPM
-    step, including the last, where its factor is 0; after_step(x, x0, t_next) -> x: called after each step with x, the
-    x0 that was predicted before the step, and the time reached; what it returns is the new x. ValueError for any other
-    sampler. -> (B, H, W, C)"""
+    network(x, t, conditions) -> eps; x (B, H, W, C): what to start from, at times[0]; times: decreasing to 0, (n + 1,);
+    conditions and guidance: see `guided`; generator: for the `normal_noise` of each DDPM step, including the last,
+    where its factor is 0; sampler: "ddpm" or "ddim" (ValueError for any other); after_step(x, x0, t_next) -> new x:
+    called after each step, where x0 is what was predicted before the step, and t_next is the time reached.
+    -> (B, H, W, C)"""
     for t, t_next in zip(times[:-1], times[1:]):
         eps = guided(network, x, t, conditions, guidance)  # (B, H, W, C)
         x0 = predict_x0(x, eps, t)                         # (B, H, W, C)
@@ -1033,7 +1035,7 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 # 9. Wuerstchen: all of it together.
 
 STAGES = {  # the file in a run folder: the networks in it
-    "text": ("text_b", "compressor"),  # CLIP's encoders; the image encoder gives the compressor its starting weights
+    "text": ("text_b", "compressor"),  # CLIP's two encoders; its image encoder is the new compressor's backbone
     "a": ("a",),
     "b": ("compressor", "b"),
     "c": ("text_c", "c"),  # Stage C trains its own copy of the text encoder
@@ -1041,8 +1043,8 @@ STAGES = {  # the file in a run folder: the networks in it
 
 
 def add_negatives(prompts, negative):
-    """Appends the negative prompts to the B prompts, for the unconditional branch. `negative` is one string for all
-    prompts, or a list of B. The callers' default, "", is the null caption used in training."""
+    """Appends the negative prompts to the prompts, for the unconditional branch. `negative` is one string for all
+    prompts, or one per prompt. The callers' default, "", is the null caption used in training."""
     return prompts + ([negative] * len(prompts) if isinstance(negative, str) else negative)
 
 
@@ -1071,7 +1073,7 @@ class Wuerstchen(nn.Module):
         return self.c.latent_mean.device
 
     def encode_text(self, prompts, stage):
-        """prompts: list of B strings; stage "b" or "c": whose text encoder -> (B, L, width)"""
+        """prompts: list of strings; stage "b" or "c": whose text encoder -> (B, L, width)"""
         encoder, tokenizer = (self.text_b, self.tokenizer_b) if stage == "b" else (self.text_c, self.tokenizer)
         ids, mask = tokenizer(prompts)
         return encoder(ids.to(self.device), mask.to(self.device))
@@ -1092,9 +1094,9 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def sample_c(self, x, times, prompts, negative="", guidance=None, **options):
-        """Stage C. x: what to start from at times[0], usually noise (B, hs, ws, 16); prompts: list of B; negative: the
-        negative prompt, one string or B, by default the null caption ""; guidance: its scale (None: `config.guidance`);
-        options: those of `sample` -> semantic latents (B, hs, ws, 16)"""
+        """Stage C. x: what to start from at times[0], usually noise (B, hs, ws, 16); prompts: one per image; negative:
+        one string for all images (by default the null caption ""), or one per image; guidance: the guidance scale
+        (None: `config.guidance`); options: those of `sample` -> semantic latents (B, hs, ws, 16)"""
         guidance = self.config.guidance[0] if guidance is None else guidance
         if guidance != 1:
             prompts = add_negatives(prompts, negative)
@@ -1119,8 +1121,8 @@ class Wuerstchen(nn.Module):
 
     @torch.no_grad()
     def from_semantic(self, semantic, prompts, latent_size=None, steps=None, generator=None, **options):
-        """Stages B and A. semantic (B, hs, ws, 16), prompts: list of B, latent_size (h, w): of Stage A's latents (None:
-        as trained), options: those of `sample_b` -> images (B, 4h, 4w, 3) in [0, 1]"""
+        """Stages B and A. semantic (B, hs, ws, 16), prompts: one per image, latent_size (h, w): of Stage A's latents
+        (None: as trained), options: those of `sample_b` -> images (B, 4h, 4w, 3) in [0, 1]"""
         shape = len(prompts), *(latent_size or [self.config.image_size // 4] * 2), self.config.latent_channels
         if self.config.b.token_width:
             x = (random_numbers(torch.rand, shape[:3], generator, self.device) * self.config.a.codebook_size).long()
@@ -1133,25 +1135,24 @@ class Wuerstchen(nn.Module):
                  **options):
         """Generates an image per prompt: Stage C, then B, then A.
 
-        prompts: list of B strings; negative: negative prompt, one string or B; size (height, width) in pixels (None: as
-        trained), rounded to a size that the stages can generate; steps and classifier-free guidance scale: of C and of
-        B (None: the config's); seed: an int (random numbers as in diffusers' WuerstchenCombinedPipeline) or B ints, one
-        per image; options: `sampler` and `after_step` of `sample`, for C and then for B -> images (B, H, W, 3) in [0,
-        1]"""
+        prompts: list of strings; negative: one string for all prompts, or one per prompt; size (height, width) in
+        pixels (None: as trained), rounded to a size that the stages can generate; steps and guidance: the numbers of
+        steps and the guidance scales of Stages C and B (None: the config's); seed: an int (random numbers as in
+        diffusers' WuerstchenCombinedPipeline), or a list with one int per image; options: `sampler` and `after_step` of
+        `sample`, for Stage C and then for Stage B -> one image per prompt (B, H, W, 3) in [0, 1]"""
         semantic_size, latent_size = self.config.grid(*(size or [self.config.image_size] * 2))
         generator = generators(seed, len(prompts))
         x = normal_noise((len(prompts), *semantic_size, self.config.semantic_channels), generator, self.device)
         semantic = self.sample_c(x, self.times(steps[0], "c"), prompts, negative=negative, guidance=guidance[0],
-                                 generator=generator, **options)
+                                 generator=generator, **options)                  # (B, hs, ws, 16)
         return self.from_semantic(semantic, prompts, latent_size, negative=negative, steps=steps[1],
                                   guidance=guidance[1], generator=generator, **options)
 
     @torch.no_grad()
     def reconstruct(self, images, prompts=None, seed=None, **options):
         """Reconstructs images twice: by Stage A alone, and from the semantic latents by B and A. images (B, H, W, 3) in
-        [0, 1], sides multiples of `config.stride`; prompts: list of B captions for Stage B ("" if None); options: those
-        of `from_semantic`
-        -> the first (stride 4, quantized) and the second, both of the same shape as images"""
+        [0, 1], sides multiples of `config.stride`; prompts: captions for Stage B, one per image ("" if None); options:
+        those of `from_semantic` -> the first (stride 4, quantized) and the second, both of the same shape as images"""
         from_b = self.from_semantic(self.compress(images), prompts or [""] * len(images), latent_size_of(images),
                                     generator=generators(seed, len(images)), **options)
         return self.a(images)[0].float().clamp(0, 1), from_b
@@ -1175,7 +1176,7 @@ class Wuerstchen(nn.Module):
     @classmethod
     def load(cls, folder, stages=tuple(STAGES)):
         """A model from a run folder, in evaluation mode. FileNotFoundError if the folder or a stage is missing."""
-        folder = Path(folder)
+        folder, stages = Path(folder), [stage for stage in STAGES if stage in stages]  # b.pt has a newer compressor
         for path in (folder / "config.json", folder / "tokenizer", *(folder / f"{stage}.pt" for stage in stages)):
             if not path.exists():
                 raise FileNotFoundError(f"no {path}: train this run first: python train.py --run {folder}")

@@ -328,8 +328,8 @@ def upsampling(args):
 
 def text(args):
     """Stage B trained with captions, as always, and without any."""
-    def without(compressor, resized, text, null_text, conditions=train.noisy_conditions):
-        return conditions(compressor, resized, null_text.expand_as(text), null_text)
+    def without(semantic, text, null_text, conditions=train.noisy_conditions):
+        return conditions(semantic, null_text.expand_as(text), null_text)
 
     results, sheet, models = compare(args, "text", {
         "with captions": {}, "without captions": dict(patches={"train.noisy_conditions": without})})

@@ -836,7 +836,7 @@ def sampling(m):
                                                                        "compressor(resized).float().detach()"),
     },
     same=(
-        ("torch.rand(len(resized), device=resized.device) / 2", "torch.empty(len(resized)).uniform_(0, 0.5)"),
+        ("torch.rand(len(text), device=text.device) / 2", "torch.empty(len(text)).uniform_(0, 0.5)"),
         ("torch.where(drop_semantic, 0, semantic)",
          "semantic * (torch.rand(len(semantic), 1, 1, 1) >= 0.05)"),
         ("torch.sigmoid(0.5 + torch.randn(len(x0), device=x0.device))",

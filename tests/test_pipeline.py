@@ -119,7 +119,7 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --run {part}", "is not empty, and is not a run (it has no options.json)"),
     ("sample.py a-cat --run {part}", "/tokenizer: train this run"),
     ("train.py b --init-from {none}", "there is no such folder"),
-    ("train.py --download", "--download needs --data cifar10, cifar100, coco"),
+    ("train.py --download", "--download needs --data cifar10 or cifar100 or coco"),
     ("train.py --init-from {run}", "--init-from needs the stage to train"),
     ("train.py --device cuda", "--device cuda: PyTorch"),
     ("sample.py a-cat --device cuda", "--device cuda: PyTorch"),

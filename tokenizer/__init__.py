@@ -3,9 +3,9 @@
     "A Café!"  --clean-->  "a café!"  --split-->  a | café | !  --bytes, merges-->  a</w> | cafÃ©</w> | !</w>
 
 The text is cut into pieces: words, digits, punctuation. Each piece is encoded separately. First it is written as its
-UTF-8 bytes, one symbol per byte. The last symbol gets "</w>", which marks the end of a word. Then neighbouring symbols
-are merged, in the order in which training learned the merges. All 256 bytes are in the vocabulary, so no text is ever
-unknown.
+UTF-8 bytes, one symbol per byte ("é" is two bytes, shown as "Ã" and "©"). The last symbol gets "</w>", which marks the
+end of a piece. Then neighbouring symbols are merged, in the order in which training learned the merges. All 256 bytes
+are in the vocabulary, so no text is ever unknown.
 """
 import codecs
 import html
@@ -37,7 +37,7 @@ ALPHABET = [*SYMBOL.values(), *(symbol + WORD_END for symbol in SYMBOL.values())
 def clean(text: str, repair: bool = False) -> str:
     """Normalise a text: composed accents (Unicode NFC), single spaces, lower case. "A  RED Square" -> "a red square".
 
-    With `repair`, first mend what is typical of web text: wrong encodings ("cafÃ©"), curly quotes, "&amp;".
+    With `repair`, first fix common defects of web text: wrong encodings ("cafÃ©"), curly quotes, "&amp;".
     """
     if repair:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, because "&amp;amp;" is common
@@ -107,11 +107,10 @@ class Tokenizer:
         """Learn merges: again and again, merge the pair of neighbours that is most frequent in the captions.
 
         Pairs are counted inside the pieces that `split` gives with repair=True, except START and END. "aaa" holds
-        (a, a) twice.
-        If two pairs are equally frequent, the one that sorts first wins, so the order of the captions does not matter.
-        Training stops after `merges` merges, or when no pair occurs twice. The vocabulary is ALPHABET, then the
-        merged symbols in the order in which they were learned, then START and END, each token once. The tokenizer has
-        repair=True, and its `seen` holds the pieces. Raises TypeError if `captions` is a single str.
+        (a, a) twice. If two pairs are equally frequent, the one that sorts first wins, so the order of the captions
+        does not matter. Training stops after `merges` merges, or when no pair occurs more than once. The vocabulary is
+        ALPHABET, then the merged symbols in the order in which they were learned, then START and END, each token once.
+        The tokenizer has repair=True, and its `seen` holds the pieces. Raises TypeError if `captions` is a single str.
 
         >>> list(Tokenizer.train(["low low lot", "lot low"]).ranks)
         [('l', 'o'), ('lo', 'w</w>'), ('lo', 't</w>')]
@@ -159,7 +158,7 @@ class Tokenizer:
         return cls(read_json(folder / "vocab.json"), merges, length, pad_token, config.get("repair", False), seen)
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, which CLIPTokenizer of `transformers` can also read.
+        """Write vocab.json, merges.txt and tokenizer_config.json, which `transformers`' CLIPTokenizer can also read.
         Write seen.txt too, unless `seen` is None."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ class Tokenizer:
         return len(self.vocab)
 
     def encode_piece(self, piece: str) -> list[int]:
-        """The ids of one piece: as long as any neighbours can be merged, apply the merge that was learned first.
+        """The ids of one piece: while any neighbours can be merged, apply the merge among these that was learned first.
 
         >>> tokenizer = Tokenizer.train(["low low lot", "lot low"])
         >>> [tokenizer.tokens[i] for i in tokenizer.encode_piece("slot")]
@@ -208,7 +207,8 @@ class Tokenizer:
     def __call__(self, texts: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """One text or a list of B texts -> ids and mask, (B, length). The mask is False for padding.
 
-        A row of ids is START, text, END, padding. A text that is too long is cut before END; see `overflow`.
+        A row of ids is START, text, END, padding. If a text is too long, its end is left out, but not END; see
+        `overflow`.
         """
         texts = [texts] if isinstance(texts, str) else texts
         ids = torch.full((len(texts), self.length), self.pad_id)
