@@ -288,8 +288,14 @@ def update(network, average, optimizers, scaler, lr):
     return finite
 
 
+def checkpoint(path, parts, step, recipe):
+    """Saves an unfinished stage. parts: {name: module, optimizer or scaler}"""
+    save_atomically(path, dict(step=step, recipe=asdict(recipe),
+                               **{name: part.state_dict() for name, part in parts.items()}))
+
+
 def restore(path, parts, stage, recipe):
-    """Loads an unfinished stage's checkpoint into its parts, {name: module, optimizer or scaler}. -> steps done"""
+    """Loads what `checkpoint` saved into the parts. -> steps done"""
     state = load_file(path, map_location=next(parts["network"].parameters()).device)
     for name, part in parts.items():
         if state[name]:  # a scaler's is empty unless the precision was float16
@@ -310,6 +316,13 @@ def test_loss(network, batches, loss_fn):
     torch.manual_seed(0)
     results = [loss_fn(network, batch, 0) for batch in batches]
     return torch.stack([numbers.get("loss", loss) for loss, numbers in results]).mean()
+
+
+def write_sheet(run, name, average, preview):
+    """Writes an image of eight test images, and below them what `preview` makes of them, to the run's sheets/."""
+    images, captions = examples(run.test_data, 8)
+    rows = preview(average, images.to(run.device), captions)
+    make_sheet([images, *rows], captions).save(run.folder / "sheets" / name)
 
 
 def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr_scale=lambda name: 1):
@@ -362,12 +375,9 @@ def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr
             bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {speed:.0f} images/s")
             run.log(stage=stage, step=step, lr=lr, images_per_s=speed, **numbers)
         if shown and preview:
-            images, captions = examples(run.test_data, 8)
-            sheet = make_sheet([images, *preview(average.module, images.to(run.device), captions)], captions)
-            sheet.save(run.folder / "sheets" / f"{stage}_{step:06d}.png")
+            write_sheet(run, f"{stage}_{step:06d}.png", average.module, preview)
         if step % args.save_every == 0:
-            save_atomically(path, dict(step=step, recipe=asdict(recipe),
-                                       **{name: part.state_dict() for name, part in parts.items()}))
+            checkpoint(path, parts, step, recipe)
     return average.module
 
 
