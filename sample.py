@@ -5,14 +5,14 @@ Generates images with a trained model:
     python sample.py "a red star" "a green cross above a pink circle" --count 4 --seed 7 --out grid.png
     python sample.py "a photo of a fox" --official DIR    with the published weights, from a copy of their snapshots
     python sample.py "a red star" --film film.gif         and an animation of Stage C's steps
-    python sample.py --reconstruct photo.png              reconstructed by A (latents 4x smaller) and by B and A (42x)
-    python sample.py --vary photo.png                     the same semantic latents, decoded by Stage B with new noise
+    python sample.py --reconstruct photo.png              by A (latents 4x smaller per side), and by B and A (42x)
+    python sample.py --vary photo.png                     the image's semantic latents, decoded by B with new noise
     python sample.py --mix a.png b.png                    interpolates between the semantic latents of two images
     python sample.py --redraw photo.png "a red star" --strength 0.6
     python sample.py --fill photo.png mask.png "a red star"      generates only where the mask is white
 
-Images are numbered row by row from 0. Image i has the seed --seed + i, and is the same (up to rounding) when generated
-alone with that seed. With --mix, all have the seed --seed.
+Generated images are numbered row by row from 0. Image i has the seed --seed + i, and is the same (up to rounding) when
+generated alone with that seed. With --mix, all have the seed --seed.
 """
 
 import argparse
@@ -112,8 +112,8 @@ def print_machine(device, precision):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What else the three stages can do. model: Wuerstchen; images (B, H, W, 3) in [0, 1], sides multiples of
-# `model.config.stride`; prompts: one per image; seed: as in `Wuerstchen.generate`. All return images in this form;
-# `film` returns a list of such batches.
+# `model.config.stride`; prompts: one per image; seed: as in `Wuerstchen.generate`. Each returns images in this form,
+# except `film`: a list of such batches.
 
 
 @torch.no_grad()
@@ -143,9 +143,9 @@ def redraw(model, images, prompts, strength=0.6, steps=(None, None), guidance=(N
 
 
 def keep(known, mask, noise):
-    """Returns a function for `after_step` of `sample`. Where `mask` (B, h, w, 1) is True (keep; in `fill`, True means
-    generate), it resets the latents to the known ones, noised to the time reached, so nothing is generated there. (This
-    is the idea of RePaint, Lugmayr et al., 2022, without its resampling.)"""
+    """Returns a function for `after_step` of `sample`. Where `mask` (B, h, w, 1) is True, it resets x to `known`,
+    noised to the time reached, so nothing is generated there. (In the `masks` of `fill`, True means the opposite.) This
+    is the idea of RePaint (Lugmayr et al., 2022), without its resampling."""
     def after_step(x, x0, t_next):
         return torch.where(mask, add_noise(known, noise, t_next.view(1)) if t_next > 0 else known, x)
     return after_step
@@ -153,8 +153,9 @@ def keep(known, mask, noise):
 
 @torch.no_grad()
 def fill(model, images, masks, prompts, steps=(None, None), guidance=(None, None), seed=None, **options):
-    """Generates the masked parts of images anew, and leaves the rest as Stage A reconstructs it. masks (B, H, W) bool,
-    True for pixels to generate; a latent is generated if any of its pixels is masked. prompts describe whole images."""
+    """Generates the masked parts of images anew, and leaves the rest as Stage A decodes its unquantized latents. masks
+    (B, H, W) bool, True for pixels to generate; a cell or latent is generated if any of its pixels is masked. prompts
+    describe whole images."""
     if model.config.b.token_width:
         raise UserError("--fill needs a Stage B that works on latents, not on codes (--tokens)")
     options["generator"] = generators(seed, len(images))
@@ -172,7 +173,7 @@ def fill(model, images, masks, prompts, steps=(None, None), guidance=(None, None
 
 @torch.no_grad()
 def film(model, prompts, seeds, size=None, steps=(None, None), guidance=(None, None), **options):
-    """How images appear: Stage C's estimate of x0 at each of its steps, decoded by Stage B in 4 steps with the noise of
+    """How images emerge: Stage C's estimate of x0 at each of its steps, decoded by Stage B in 4 steps with the noise of
     the final image. seeds: one int per image; size (height, width)
     -> list of (B, H, W, 3), one per frame; the last is what `generate` returns"""
     semantic_size, latent_size = model.config.grid(*(size or [model.config.image_size] * 2))
@@ -238,9 +239,9 @@ def run_script(main, stopped):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Generate images from captions with a trained Würstchen.")
     add = parser.add_argument
-    add("prompts", help="captions to generate images for; several make a grid", nargs="*", metavar="PROMPT")
+    add("prompts", help="captions to generate images for; several images make one sheet", nargs="*", metavar="PROMPT")
     add("--run", help="folder of the run (default: the one that comes with the code)", default=EXAMPLE)
-    add("--official", help="use the published weights in this folder: the hub's snapshots wuerstchen-prior, "
+    add("--official", help="use the published weights in this folder: the Hugging Face snapshots wuerstchen-prior, "
         "wuerstchen and, if you give an image, EfficientNetEncoder", metavar="DIR")
     add("--out", help="image file to write (default: %(default)s)", type=image_file, default="out.png")
     add("--count", help="images per prompt (default: 1; --vary: 4; --mix: 7 frames)", type=number(int, 1, 10_000))
@@ -260,13 +261,13 @@ def parse_args(argv=None):
     add("--strength", help="how much noise --redraw adds: 0 only reconstructs the image, 1 ignores it (default: 0.6)",
         default=0.6, type=number(float, 0, 1))
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--film", help="also write an animated GIF that shows how the images appear", metavar="GIF",
+    add("--film", help="also write an animated GIF that shows how the images emerge", metavar="GIF",
         type=functools.partial(image_file, save_all=True))
     add("--reconstruct", help="images to compress and reconstruct", nargs="+", metavar="IMAGE")
     add("--vary", help="decode an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
     add("--redraw", help="change this image to fit the prompts", nargs=1, metavar="IMAGE")
-    add("--fill", help="generate the white part of the mask anew, to fit the prompts", nargs=2,
+    add("--fill", help="generate the image anew where the mask is white, to fit the prompts", nargs=2,
         metavar=("IMAGE", "MASK"))
     args = parser.parse_args(argv)
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
@@ -345,7 +346,7 @@ def generate(model, args):
     images = torch.cat([generate_batch(prompts[i:i + n], seeds[i:i + n]) for i in range(0, len(prompts), n)])
     bar.close()
     if list(images.shape[1:3]) != size:
-        print(f"generated at {images.shape[1]}x{images.shape[2]}: the stages can't generate every size")
+        print(f"generated with height {images.shape[1]}, width {images.shape[2]}: the stages can't generate every size")
     return to_sheet(images, args)
 
 

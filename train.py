@@ -127,7 +127,7 @@ def noisy_conditions(semantic, text, null_text):
     Each choice has a `bernoulli_mask` of its own.
 
     We drop so many captions because those of Shapes describe nearly everything in an image: otherwise, B would read
-    them instead of e. Without a caption, e is the only condition that B has, so it is never noised.
+    them instead of e. Where the caption is dropped, e is B's only condition, so it is not noised there.
 
     semantic: e (B, hs, ws, 16); text (B, L, width); null_text (1, L, width): the encoded null caption, which is the
     empty string (`Run.encode`)
@@ -143,10 +143,10 @@ def noisy_conditions(semantic, text, null_text):
 
 def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
     """Stage B's and the compressor's loss (appendix E.2): diffusion_loss of eps in noised latents, given the text
-    and the semantic latents e as `noisy_conditions` gives them. Two changes make B learn to use e sooner:
+    and the semantic latents e as `noisy_conditions` gives them. With two changes, B learns to use e in fewer steps:
 
-        times around 0.6 are the most frequent: t = sigmoid(0.5 + normal noise) (the authors': `training_times`)
-        besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02), which keeps the mean weight the same
+        times around 0.7 are the most frequent: t = sigmoid(0.5 + normal noise) (the authors': `training_times`)
+        besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02); the 0.4 keeps the mean weight about the same
 
     At such times, noise hides the shapes in the latents, but wrong guesses still raise the loss, so B must read e.
     resized: what the compressor sees (B, rescale·H, rescale·W, 3), in [0, 1]; latents: Stage A's (B, h, w, 4), not yet
@@ -200,10 +200,10 @@ def bernoulli_mask(p, x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with all singular values of the update brought near 1 (Jordan et al., 2024); for matrices only. All
-    stages need far fewer steps with it. torch.optim.Muon always multiplies in bfloat16; a CPU without bfloat16
-    emulates it, 40 times slower than float32. Here, `dtype` sets the precision, and `orthogonal` takes three steps
-    instead of five."""
+    """Nesterov momentum with all singular values of the update brought near 1 (Jordan et al., 2024); for matrices only.
+    All stages need far fewer training steps with it. torch.optim.Muon always multiplies in bfloat16; a CPU without
+    bfloat16 emulates it, 40 times slower than float32. Here, `dtype` sets the precision, and `orthogonal` takes three
+    Newton-Schulz steps instead of five."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, dict(lr=0.0, momentum=0.95, weight_decay=0.01))
@@ -295,7 +295,7 @@ def checkpoint(path, parts, step, recipe):
 
 
 def restore(path, parts, stage, recipe):
-    """Loads what `checkpoint` saved into the parts. -> steps done"""
+    """Loads into the parts what `checkpoint` saved. -> steps done"""
     state = load_file(path, map_location=next(parts["network"].parameters()).device)
     for name, part in parts.items():
         if state[name]:  # a scaler's is empty unless the precision was float16
@@ -514,8 +514,8 @@ def mirror(image, text):
 
 def train_tokenizer(captions, config):
     """Learns byte-pair merges from the training captions, until the vocabulary is full or no pair occurs more than
-    once. The tokenizer's length is then set to that of the longest of these captions, but at most to the preset's
-    `length`."""
+    once. The tokenizer's length is then that of the longest of these captions, start and end tokens included, but at
+    most the preset's `length`."""
     tokenizer = Tokenizer.train(captions, config.text_c.vocab_size - 514)  # bytes, bytes that end a word, start, end
     tokenizer.length = min(config.text_c.length, 2 + max(len(tokenizer.encode(one)) for one in set(captions)))
     return tokenizer
@@ -624,8 +624,8 @@ def crop(images, side):
 def revive_codes(codebook, latents, codes, idle, patience=50):
     """Moves each codebook vector that has not been chosen for `patience` steps onto a random latent of the batch, so
     that the codebook can't collapse. latents (B, h, w, 4), codes (B, h, w); idle (codebook_size,): steps since each
-    vector was last chosen, updated here; inf at first, so that every vector that the first batch does not choose is
-    moved at once
+    vector was last chosen, updated here; at first inf, so that every vector that the first batch does not choose is
+    moved at once (for pretrained weights, 0)
     -> how many were moved"""
     idle += 1
     idle[codes.unique()] = 0
@@ -639,9 +639,9 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
 
 @torch.no_grad()
 def set_scale(run):
-    """Stage B sees latents divided by 2.4 times their standard deviation. Noise then hides large shapes over a wider
-    range of times, and B learns to read their position and colour from the semantic latents. In images below 128 px,
-    shapes cover fewer latents, so noise hides them sooner anyway: there, 2.4 is reduced in proportion to the side."""
+    """Stage A's `scale`: 2.4 times its latents' standard deviation. Dividing by it lets noise hide large shapes over a
+    wider range of times, so B learns to read their position and colour from the semantic latents. Below 128 px, shapes
+    cover fewer latents, so noise hides them at smaller t anyway: there, 2.4 is reduced in proportion to the side."""
     images, _ = examples(run.train_data, 256)
     deviation = torch.cat([run.model.a.encode(some.to(run.device)) for some in images.split(32)]).std()
     run.model.a.scale.fill_(2.4 * min(1, run.model.config.image_size / 128) * deviation)
@@ -689,10 +689,10 @@ def train_b(run):
 @torch.no_grad()
 def init_mapper(compressor, batches):
     """Initialises the compressor's mapper with the principal components of its backbone's features. With random
-    directions, B would lose the details of shapes. batches: list of resized images (B, h, w, 3) in [0, 1]"""
+    directions, details of shapes would be lost. batches: list of batches of resized images (B, h, w, 3) in [0, 1]"""
     features = torch.cat([compressor.backbone(images) for images in batches])
     features = features.flatten(0, 2).cpu().double()  # float32 fails if all are alike; MPS has neither eigh nor float64
-    _, directions = torch.linalg.eigh(features.T.cov())  # by rising variance
+    _, directions = torch.linalg.eigh(features.T.cov())  # by increasing variance
     compressor.mapper.weight.copy_(directions[:, -len(compressor.mapper.weight):].T)
 
 
@@ -744,11 +744,11 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 # To add one,
 #
 #     1. add its name to the choices of --data in `parse_args` (its default preset is photos, and it is mirrored);
-#     2. images in files or arrays: write a reader with the arguments and the result of `list_cifar`, and call it beside
-#        that one in `open_data`; `Images` does the rest;
-#     3. anything else: write a class, and let `open_data` return {"train": ..., "test": ...} of it. Then give --cache
-#        too, since only `Images` knows how many images there are. If the class needs no files, treat it like "shapes"
-#        where --data-dir is checked.
+#     2. for images in files or arrays: write a reader that takes and returns what `list_cifar` does, and call it beside
+#        `list_cifar` in `open_data`; `Images` does the rest;
+#     3. for anything else, instead of 2: write a class, and let `open_data` return {"train": ..., "test": ...}, two
+#        objects of it. Then give --cache with each command, since only `Images` knows how many images there are. If the
+#        class needs no files, treat it like "shapes" where --data-dir is checked.
 #
 # First comes Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
@@ -882,8 +882,8 @@ class Shapes(Dataset):
         return draw(scene, rng, self.size), scene.caption()
 
 
-# Data sets on disk. Each reader gives {split: [(image, captions)]}; `Images` repeats that forever, shuffled. What can't
-# be used goes to `left_out`, {reason: [names]}, and is printed.
+# Data sets on disk. `open_data` makes {split: [(image, captions)]} of each; `Images` repeats that forever, shuffled.
+# What can't be used goes to `left_out`, {reason: [names]}, and is printed.
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small photo of a {}")
 DOWNLOADS = {  # the archives of a data set, and their SHA-256
@@ -946,7 +946,7 @@ def list_cifar(data, data_dir, left_out):
     for name, n in files.items():
         data = np.fromfile(place / name, np.uint8) if (place / name).exists() else np.zeros(0, np.uint8)
         if len(data) % (skip + 3072) or (data[skip - 1::skip + 3072] >= len(captions)).any():
-            raise UserError(f"{place / name} is cut short or damaged: --download fetches it again")
+            raise UserError(f"{place / name} is cut short or damaged: --download restores it if you delete it first")
         records = data.reshape(-1, skip + 3072)
         items["test" if "test" in name else "train"] += [
             (record[skip:].reshape(3, 32, 32).transpose(1, 2, 0), captions[record[skip - 1]]) for record in records]
@@ -1000,9 +1000,9 @@ def read_table(file, text, left_out):
         if name and lines:
             captions.setdefault(name.strip().replace("\\", "/"), []).extend(lines)
         else:
-            left_out["rows without file name or caption"].append(file)
+            left_out["rows without a file name or a caption"].append(file)
     if not captions:
-        left_out["tables without file_name and text or caption"].append(file)
+        left_out["tables without a usable row"].append(file)
     return captions
 
 
@@ -1090,7 +1090,7 @@ def list_images(folder, coco, left_out):
     named = {path: tidy(path.parent.name.replace("_", " ")) for path in images
              if not coco and path.parent not in {folder, *captioned}}
     captions = {path: lines for some in (named, listed, beside) for path, lines in some.items() if lines}
-    left_out["images without caption"] += sorted(images - captions.keys())
+    left_out["images without captions"] += sorted(images - captions.keys())
     by_folder = f", {len(named)} of them captioned with the name of a folder" if named else ""
     return captions, validation, f"{len(images)} images, {len(captions)} with captions{by_folder}; "
 
@@ -1271,7 +1271,7 @@ def read_options(folder):
 
 
 def pick_precision(device):
-    """bfloat16 where the hardware has it; on GPUs without it, float16."""
+    """bfloat16 on a CPU or CUDA GPU that has it; otherwise, float16 on CUDA and float32 on CPU and MPS."""
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     has = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch can't tell
@@ -1289,7 +1289,7 @@ def plain_attention(device, precision):
 @contextlib.contextmanager
 def computing(device, precision, plain):
     """In this context, matrix products have the given precision, and attention is plain or PyTorch's own choice."""
-    half = precision != "float32"  # if not: no dtype, since on MPS some versions of PyTorch warn of float32 even then
+    half = precision != "float32"  # else no dtype: on MPS, some PyTorch versions warn about float32 even if disabled
     with (torch.autocast(device, getattr(torch, precision) if half else None, enabled=half),
           sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
         yield
@@ -1317,9 +1317,9 @@ def parse_args(argv=None):
     add("--tokens", action="store_true", help="Stage B as in the paper's first version: it predicts Stage A's codes")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random, except those whose "
         "captions say left or right (default: yes, except for Shapes)")
-    add("--steps", type=positive, help="training steps of each stage named; the preset's recipe if not given")
-    add("--batch-size", type=number(int, 2, 10**6), help="images per step; the preset's recipe if not given")
-    add("--lr", type=number(float, 1e-12, 10), help="peak learning rate; the preset's recipe if not given")
+    add("--steps", type=positive, help="steps per stage (default: an unfinished stage's own, else the preset's)")
+    add("--batch-size", type=number(int, 2, 10**6), help="images per step (default: as for --steps)")
+    add("--lr", type=number(float, 1e-12, 10), help="peak learning rate (default: as for --steps)")
     add("--cache", type=positive, help="train Stages B and C on this many images, whose latents are computed once "
         "(default: all; for Shapes, 16,384)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed (default: %(default)s)")
@@ -1327,7 +1327,7 @@ def parse_args(argv=None):
     add("--freeze-text", action=argparse.BooleanOptionalAction, default=False,
         help="don't train Stage C's text encoder")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="precision of matrix products; default: "
-        "bfloat16 where the machine has it, float16 on a GPU without it")
+        "bfloat16 if the CPU or CUDA GPU has it, else float16 on CUDA and float32 elsewhere")
     add("--compile", action="store_true", help="torch.compile for Stages B and C")
     add("--workers", type=number(int, 0, 256), default=0, help="processes that prepare images (default: 0: the main "
         "process does it)")

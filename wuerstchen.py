@@ -10,7 +10,7 @@ trained in the order A -> B -> C and run in the order C -> B -> A:
 
 Stage B reads the text too, with a text encoder of its own.
 
-Read it from top to bottom:
+Read this file from top to bottom:
 
     1. sizes        Config and PRESETS
     2. blocks       ResBlock, TimestepBlock, AttnBlock: what Stages B and C are made of
@@ -265,8 +265,8 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A depthwise 3x3 convolution mixes positions, then an MLP mixes channels. In Stage B, the U-Net's skip and the
-    semantic latents are appended before the MLP; together they have `extra_channels` channels."""
+    """A depthwise 3x3 convolution mixes positions, then an MLP mixes channels. In Stage B, the MLP also reads the
+    U-Net's skip connection and the semantic latents, concatenated to its input: `extra_channels` channels in total."""
 
     def __init__(self, channels, extra_channels=0, dropout=0.0):
         super().__init__()
@@ -335,15 +335,15 @@ class AttnBlock(nn.Module):
         self.attention = Attention(channels, heads)
 
     def keys_values(self, text):
-        """The text's keys and values: the attention's k and v of kv(SiLU(text)). They depend neither on the noisy input
-        nor on the time, so they are computed only once per image. This saves 11 to 14% of the generation time with
-        the included model.
+        """The text's keys and values: the Linears k and v of `attention`, applied to kv(SiLU(text)). They depend
+        neither on the noisy input nor on the time, so sampling computes them only once per image. This saves 11 to 14%
+        of the generation time with the included model.
         text (B, L, cond_width) -> keys, values, each (B, L, C)"""
         text = self.kv(F.silu(text))
         return self.attention.k(text), self.attention.v(text)
 
     def forward(self, x, text_kv):
-        """x + attention, in which norm(x) attends to norm(x) itself and to the text.
+        """x + attention, where each position of norm(x) attends to all positions of norm(x) and to the text.
         x (B, H, W, C), text_kv: the text's keys and values -> (B, H, W, C)"""
         h = self.norm(x).flatten(1, 2)                                # (B, H·W, C)
         keys = torch.cat([self.attention.k(h), text_kv[0]], dim=1)    # (B, H·W + L, C)
@@ -389,7 +389,8 @@ class BlockSequence(nn.ModuleList):
 
     def scale_branches(self, total):
         """Part of the initialisation: scales the weights of each ResBlock's last Linear by √(1/total), and makes each
-        TimestepBlock the identity."""
+        TimestepBlock the identity. total: the network's number of Blocks (in Stage B, only of those on the way
+        down)."""
         for block in self:
             block.res.project.weight.data *= (1 / total) ** 0.5
             nn.init.zeros_(block.time.mapper.weight)
@@ -406,7 +407,7 @@ def time_embedding(t, width):
 
 def init_weights(module):
     """Xavier-uniform weights and zero biases. (The authors keep PyTorch's defaults for transposed convolutions,
-    initialise q, k and v as one matrix, and use N(0, 0.02) for Stage C's input and text mappers.)"""
+    initialise q, k and v as one matrix, and use a standard deviation of 0.02 for Stage C's input and text mappers.)"""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -504,11 +505,11 @@ class CLIP(nn.Module):
 
 
 def contrastive_loss(logits, ids):
-    """CLIP's loss: the mean of two cross-entropies. The first is for choosing each image's caption among all N
-    captions; the second, for choosing the image of each of the first B captions among the B images. In the first,
-    identical captions all count as correct and share the target equally. In the second, the same holds for the images
-    of identical captions.
-    logits (B, N), ids (N, L): the first B captions are the images' own, the others are hard negatives -> scalar"""
+    """CLIP's loss: the mean of two cross-entropies. The first chooses each image's caption among all N captions; the
+    second chooses, for each of the first B captions, its image among the B images. In the first, identical captions
+    all count as correct and share the target equally. In the second, the same holds for the images of identical
+    captions.
+    logits (B, N), ids (N, L): the images' own captions, then wrong ones close to them (hard negatives) -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
     per_image = same / same.sum(dim=1, keepdim=True)                  # (B, N)
@@ -661,8 +662,8 @@ class SqueezeExcitation(nn.Module):
 
 class MBConv(nn.Module):
     """Expansion, depthwise 3x3 convolution, squeeze-excitation and projection. If `fused`, one full 3x3 convolution
-    replaces the first two, and there is no squeeze-excitation. In training, the residual branch of each image is
-    dropped with probability `drop` (stochastic depth)."""
+    replaces the first two, and there is no squeeze-excitation; nor a projection if `expansion` is 1. In training, the
+    residual branch is dropped for each image with probability `drop` (stochastic depth)."""
 
     def __init__(self, c_in, c_out, expansion, stride, fused, drop):
         super().__init__()
@@ -782,8 +783,8 @@ class StageB(nn.Module):
         for blocks in (*self.down, *self.up):
             blocks.scale_branches(total=sum(cfg.blocks))
         for mapper in filter(None, self.semantic_mappers):
-            # The authors use N(0, 0.02). That is too weak for a short run: B would ignore the semantic latents for
-            # thousands of steps.
+            # The authors use a standard deviation of 0.02. That is too weak for a short run: B would ignore the
+            # semantic latents for thousands of steps.
             nn.init.normal_(mapper.weight, std=0.5)
 
     def forward(self, x, t, semantic, text):
@@ -792,8 +793,9 @@ class StageB(nn.Module):
         return self.predict_eps(x, t, self.encode_conditions(semantic, text, x.shape[1:3]))
 
     def encode_conditions(self, semantic, text, size):
-        """Computes everything that does not depend on x or t; sampling does this once per image. For each level, the
-        result holds the semantic latents, mapped and at the level's size, and the text's keys and values.
+        """Computes everything that does not depend on x or t; sampling does this once per image. For each level on the
+        way down, then up, the result holds the semantic latents (mapped, at the level's size; None if it does not see
+        them) and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
         text, conditions, depth = self.text_norm(self.text_mapper(text)), [], len(self.down)  # (B, L, cond_width)
         levels = (*range(depth), *reversed(range(depth)))  # in the order they run: down, then up
@@ -807,7 +809,7 @@ class StageB(nn.Module):
     def predict_eps(self, x, t, conditions):
         """x (B, h, w, 4), t (B,), conditions: from `encode_conditions` -> predicted eps (B, h, w, 4)"""
         h = self.out(self.unet(x, t, conditions))                  # (B, h/patch, w/patch, 2·4·patch²)
-        # The network does not output eps but a, the clean part of x, and b, the size of the noise in it; eps follows
+        # Instead of eps, the network outputs `a`, the clean part of x, and `b`, the size of the noise in x. eps follows
         # from x = a + b·eps (the authors' parametrisation). The last layer starts at zero, so that a = 0, b = 1/2 and
         # eps = 2·x. Near t = 1, this eps has the right direction even before training. The loss sees only eps, so it
         # does not directly train a to be the clean part. b is kept away from zero, which makes the division safe.
@@ -988,8 +990,8 @@ def generators(seed, count):
 
 
 def timesteps(steps, device):
-    """steps: how many, evenly spaced from 1 to 0; or "fast", the authors' short list for Stage C: 19 steps down to 2/3,
-    ten more to 0 -> decreasing tensor (steps + 1,)"""
+    """steps: their number, for times evenly spaced from 1 to 0; or "fast", the authors' short list for Stage C: 19
+    steps down to 2/3, ten more to 0 -> decreasing tensor, (steps + 1,) or, for "fast", (30,)"""
     if steps == "fast":
         return torch.tensor([1 - i / 57 for i in range(20)] + [(10 - i) / 15 for i in range(1, 11)], device=device)
     return torch.linspace(1, 0, steps + 1, device=device)
@@ -1034,7 +1036,7 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Wuerstchen: all of it together.
 
-STAGES = {  # the file in a run folder: the networks in it
+STAGES = {  # stages of training, in this order ("text" is CLIP's): the networks in each stage's file, <stage>.pt
     "text": ("text_b", "compressor"),  # CLIP's two encoders; its image encoder is the new compressor's backbone
     "a": ("a",),
     "b": ("compressor", "b"),
@@ -1073,7 +1075,7 @@ class Wuerstchen(nn.Module):
         return self.c.latent_mean.device
 
     def encode_text(self, prompts, stage):
-        """prompts: list of strings; stage "b" or "c": whose text encoder -> (B, L, width)"""
+        """prompts: list of strings; stage: "b" or "c", the stage whose text encoder is used -> (B, L, width)"""
         encoder, tokenizer = (self.text_b, self.tokenizer_b) if stage == "b" else (self.text_c, self.tokenizer)
         ids, mask = tokenizer(prompts)
         return encoder(ids.to(self.device), mask.to(self.device))
@@ -1089,7 +1091,7 @@ class Wuerstchen(nn.Module):
         if H % self.config.stride or W % self.config.stride:
             raise UserError(f"image sides must be multiples of {self.config.stride}, not {H}x{W}")
         if self.compressor is None:
-            raise UserError("no EfficientNetEncoder beside the snapshots: it is needed to compress images")
+            raise UserError("no EfficientNetEncoder was loaded with this model: it is needed to compress images")
         return self.compressor(rescaled(images, self.config.rescale)).float()
 
     @torch.no_grad()
@@ -1176,7 +1178,7 @@ class Wuerstchen(nn.Module):
     @classmethod
     def load(cls, folder, stages=tuple(STAGES)):
         """A model from a run folder, in evaluation mode. FileNotFoundError if the folder or a stage is missing."""
-        folder, stages = Path(folder), [stage for stage in STAGES if stage in stages]  # b.pt has a newer compressor
+        folder, stages = Path(folder), [stage for stage in STAGES if stage in stages]  # b after text: newer compressor
         for path in (folder / "config.json", folder / "tokenizer", *(folder / f"{stage}.pt" for stage in stages)):
             if not path.exists():
                 raise FileNotFoundError(f"no {path}: train this run first: python train.py --run {folder}")
@@ -1301,7 +1303,7 @@ def sample_tokens(network, start, times, conditions, guidance=1.0, generator=Non
     codes = start
     for t, t_next, temperature in zip(times[:-1], times[1:], torch.linspace(*temperatures, len(times) - 1).tolist()):
         logits = guided(network, codes, t, conditions, guidance).float()
-        # The largest of logits + Gumbel noise is a draw from their softmax.
+        # Gumbel-max: the index of the largest value of logits + Gumbel noise is a draw from softmax(logits).
         gumbel = -(-random_numbers(torch.rand, logits.shape, generator, codes.device).log()).log()
         drawn = (logits / temperature + gumbel).argmax(dim=-1)
         codes, _ = replace_tokens(drawn, start, t_next.expand(len(codes)), generator)
@@ -1426,7 +1428,7 @@ def load_official(model, part, weights):
     ours, found = network.state_dict(), {}
     weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()  # as older files have them
                if not key.endswith("position_ids")}
-    if part == "a":  # the weight files do not contain these values; the published pipelines do
+    if part == "a":  # the weight files lack these values: this one is in config.json, Stage C's are in the pipeline
         found["scale"] = torch.tensor(config.a.scale)
     elif part == "c":  # Stage C diffuses (e + 1) / 42, e being the compressor's output
         found["latent_mean"] = torch.full((config.semantic_channels,), -1.0)

@@ -119,7 +119,7 @@ def test_three_ways_to_give_captions(tmp_path):
     assert found == {"x/1.webp": ["one", "uno"], "y/z/4.png": ["four, or 4"], "y/z/5.png": ["five", "cinq"],
                      "snowy_owl/7.bmp": ["snowy owl"], "y/6.jp2": ["y"]}
     for words in ("8 images, 5 with captions", "2 of them captioned with the name of a folder",
-                  "without caption: 3 (8.gif, x/2", "rows without file name or caption: 3 (",
+                  "without captions: 3 (8.gif, x/2", "rows without a file name or a caption: 3 (",
                   "captions of missing images: 1 (z/0.png)"):
         assert words in said
 
@@ -303,7 +303,7 @@ def test_neighbours_are_not_kept_for_testing_together(tmp_path, name):
 def test_one_image_is_too_few(tmp_path):
     folder_of(tmp_path, 1)
     picture(tmp_path / "silent.png")
-    with pytest.raises(train.UserError, match="too few images with captions: 2 images, 1 .*without caption.*silent"):
+    with pytest.raises(train.UserError, match="too few images with captions: 2 images, 1 .*without captions.*silent"):
         open_data(tmp_path)
     folder_of(tmp_path, 2)
     assert [len(data.items) for data in open_data(tmp_path).values()] == [1, 1]
@@ -335,7 +335,7 @@ def test_coco_and_its_look_alikes(tmp_path):
     (other / "captions_cut.json").write_text('{"images": [')
     found, said = listed(other, "coco")
     assert found == {"images/0.png": ["a"], "images/1.png": ["b"], "images/4.png": ["c", "d"]}
-    assert "file name or caption: 4 (annotations/captions_all.json)" in said and "images without caption: 3 (" in said
+    assert "file name or a caption: 4 (annotations/captions_all.json)" in said and "images without captions: 3 (" in said
     assert all(f"captions_{name}.json" in said for name in ("list", "count", "cut")) and "instances" not in said
     for i, name in enumerate(("images/cats/1.png", "images/dogs/1.png")):  # equal names in two folders
         picture(other / name)
@@ -352,7 +352,7 @@ def test_coco_and_its_look_alikes(tmp_path):
         data = train.open_data(Namespace(data="coco", data_dir=str(other), image_size=32, seed=0))
         assert str(other / name) not in dict(data["train"].items) and str(other / name) in dict(data["test"].items)
         picture(other / "val/9.png")
-    with pytest.raises(train.UserError, match="too few .*: 7 images, 0 with captions; .*without caption"):
+    with pytest.raises(train.UserError, match="too few .*: 7 images, 0 with captions; .*without captions"):
         shutil.rmtree(other / "annotations")
         listed(other, "coco")
 

@@ -21,11 +21,12 @@ import torch
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
-# A piece is an English contraction, a run of letters, one digit, or a run of other characters. Spaces are dropped.
+# A piece is the end of an English contraction ("'m"), a run of letters, one digit, or a run of other characters. Spaces
+# are dropped.
 PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 # In the tokenizer's files and symbols, each byte is written as one visible character, as in GPT-2. If a byte is a
-# visible character in Latin-1, that character is used ("a", "é"). The others (space, control codes) get the
+# visible character in Latin-1, that character is used (0x61: "a", 0xC3: "Ã"). The others (space, control codes) get the
 # characters from U+0100 on.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 INVISIBLE = [byte for byte in range(256) if byte not in VISIBLE]
@@ -42,7 +43,7 @@ def clean(text: str, repair: bool = False) -> str:
     if repair:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, because "&amp;amp;" is common
     text = regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip(" ")
-    return "".join(c.lower() for c in text)  # by character: lower() of a whole word changes a final Greek sigma
+    return "".join(c.lower() for c in text)  # by character: lower() of a whole word turns a final Greek Σ into ς, not σ
 
 
 def split(text: str, special: Iterable[str] = (START, END), repair: bool = False) -> list[str]:
@@ -89,8 +90,8 @@ class Tokenizer:
     repair     see `clean`. True in the code of the CLIP paper; False for the published Stages B and C
     seen       the pieces of the captions that it was trained on; None for a published tokenizer
 
-    START, END and the pad token may also appear in a caption; each becomes its own id, as in `transformers`. So if
-    "!" is the pad token, "wow!!" ends with two pad ids.
+    START, END and the pad token may also appear in a caption; each is encoded as its own id, as in `transformers`. So
+    if "!" is the pad token, "wow!!" is encoded as "wow" and two pad ids.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77, pad_token: str = END,
@@ -100,13 +101,13 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.special = (START, END, pad_token)
         self.start_id, self.end_id, self.pad_id = (vocab[token] for token in self.special)
-        self.cache = {token: [vocab[token]] for token in self.special}  # piece -> ids, because most words occur often
+        self.cache = {token: [vocab[token]] for token in self.special}  # piece -> ids, because many pieces recur
 
     @classmethod
     def train(cls, captions: Iterable[str], merges: int = 400, length: int = 77) -> "Tokenizer":
         """Learn merges: again and again, merge the pair of neighbours that is most frequent in the captions.
 
-        Pairs are counted inside the pieces that `split` gives with repair=True, except START and END. "aaa" holds
+        Pairs are counted inside the pieces that `split` gives with repair=True, except START and END. "aaab" holds
         (a, a) twice. If two pairs are equally frequent, the one that sorts first wins, so the order of the captions
         does not matter. Training stops after `merges` merges, or when no pair occurs more than once. The vocabulary is
         ALPHABET, then the merged symbols in the order in which they were learned, then START and END, each token once.
@@ -175,7 +176,7 @@ class Tokenizer:
         return len(self.vocab)
 
     def encode_piece(self, piece: str) -> list[int]:
-        """The ids of one piece: while any neighbours can be merged, apply the merge among these that was learned first.
+        """The ids of one piece: of all merges that are possible, apply the one learned first; repeat until none is.
 
         >>> tokenizer = Tokenizer.train(["low low lot", "lot low"])
         >>> [tokenizer.tokens[i] for i in tokenizer.encode_piece("slot")]
@@ -207,7 +208,7 @@ class Tokenizer:
     def __call__(self, texts: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """One text or a list of B texts -> ids and mask, (B, length). The mask is False for padding.
 
-        A row of ids is START, text, END, padding. If a text is too long, its end is left out, but not END; see
+        A row of ids is START, text, END, padding. If a text is too long, its last tokens are dropped (END is kept); see
         `overflow`.
         """
         texts = [texts] if isinstance(texts, str) else texts
