@@ -78,7 +78,7 @@ def make_sheet(rows, captions=(), gap=4):
     at most N strings"""
     count, height, width, _ = rows[0].shape
     lines = [textwrap.wrap(caption, width // 6) for caption in captions]
-    text_height = 14 * max(map(len, lines), default=0)
+    text_height = max((14 * len(one) + 2 for one in lines), default=0)
     sheet = Image.new("RGB", (count * (width + gap) + gap, len(rows) * (height + gap) + gap + text_height), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
@@ -327,7 +327,7 @@ def generate(model, args):
                        duration=[80] * (len(frames) - 1) + [2000])  # milliseconds
         return frames[-1]
 
-    bar = tqdm(total=0, unit="step", disable=bool(paths))
+    bar = tqdm(total=0, unit="step", disable=bool(paths), delay=0.1)
 
     def advance(x, x0, t_next):
         bar.update()

@@ -939,7 +939,8 @@ def list_cifar(data, data_dir, left_out):
     place, items, captions = data_dir / folder, dict(train=[], test=[]), []
     if not place.is_dir():
         python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
-        raise UserError(f"no {place}{''.join(python)}: --download fetches the binary version")
+        raise UserError(f"no {place}{''.join(python)}: --data-dir is the folder that holds {folder}; "
+                        "--download fetches the binary version")
     for name in read_text(place / names).replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
         captions.append([line.replace("a {}", article + " {}").format(name) for line in TEMPLATES])
@@ -1159,7 +1160,8 @@ def open_data(args):
         some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
         found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
     if not all(items.values()):
-        raise UserError(f"{args.data_dir}: too few images with captions: {found}")
+        raise UserError(f"{args.data_dir}: too few images with captions: {found}. At least 2 are needed; README.md says"
+                        " where captions are looked for")
     print(f"{args.data_dir}: {found}")
     return {split: Images(items[split], args.image_size, args.seed) for split in items}
 
@@ -1299,9 +1301,9 @@ def parse_args(argv=None):
     """Each option takes the value given in the command; if none is given, the value saved in the run; otherwise, one
     that suits the data set."""
     parser = argparse.ArgumentParser(description="Train Würstchen: tokenizer, text encoder, Stages A, B and C. A run "
-                                     "remembers " + ", ".join(SAVED) + ". An unfinished stage also remembers its "
-                                     "steps, batch size and learning rate, but later stages do not inherit them. "
-                                     "Give all other options again with each command.")
+                                     "remembers " + ", ".join(SAVED) + ". From its first checkpoint on, an unfinished "
+                                     "stage also remembers its steps, batch size and learning rate, but later stages "
+                                     "do not inherit them. Give all other options again with each command.")
     add, positive = parser.add_argument, number(int, 1, 10**9)
     add("stage", nargs="?", default="all", choices=("all", *TRAIN), help="all: every unfinished stage")
     add("--run", default="runs/tiny", help="folder of the run (default: %(default)s)")
@@ -1431,4 +1433,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "stopped; run the same command again to resume from the last checkpoint")
+    run_script(main, "stopped; run the same command again to resume from the last checkpoint, if there is one")

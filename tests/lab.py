@@ -640,12 +640,17 @@ def stage_c(m):
         "ᾱ is clamped to [0.0001, 0.9999]": (".clamp(0.0001, 0.9999)", ""),
         "square the cosine": ("torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2",
                                   "torch.cos((t + s) / (1 + s) * math.pi / 2)"),
+        "square both cosines": ("torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2",
+                                "torch.cos((t + s) / (1 + s) * math.pi / 2)",
+                                "math.cos(s / (1 + s) * math.pi / 2) ** 2", "math.cos(s / (1 + s) * math.pi / 2)"),
         "divide by the value at t = 0": (" / start)", ")"),
         "the offset s is missing": ("s = 0.008", "s = 0.0"),
         "that is the noise's share, 1 − ᾱ: ᾱ is 1 at t = 0": ("return (torch.cos((t", "return (1 - torch.cos((t"),
         "the signal is scaled by √ᾱ, not by ᾱ": ("signal.sqrt() * x0", "signal * x0"),
         "the noise is scaled by √(1 − ᾱ), not by 1 − ᾱ": ("(1 - signal).sqrt() * eps", "(1 - signal) * eps"),
         "the noise is scaled by √(1 − ᾱ), not by 1 − √ᾱ": ("(1 - signal).sqrt() * eps", "(1 - signal.sqrt()) * eps"),
+        "the signal is scaled by √ᾱ, the noise by √(1 − ᾱ): both roots are missing":
+            ("signal.sqrt() * x0 + (1 - signal).sqrt() * eps", "signal * x0 + (1 - signal) * eps"),
         "x0 and eps are swapped": ("signal.sqrt() * x0 + (1 - signal).sqrt() * eps",
                                      "signal.sqrt() * eps + (1 - signal).sqrt() * x0"),
         "each image has its own time": ("alpha_bar(t).view(-1,", "alpha_bar(t)[:1].view(-1,"),
@@ -1005,6 +1010,8 @@ def main(argv=None):
         if args.to is None or args.to.exists() or HERE in args.to.resolve().parents:
             parser.error("--to DIR must be a new folder outside the project")
         start(chosen, args.to)
+    elif args.command in ("check", "finale") and REFERENCE == HERE:
+        parser.error(f"{args.command} needs a working copy: python tests/lab.py start 3 8 10 --to DIR; cd DIR")
     elif args.command == "check":
         sys.exit(not check(chosen))
     elif args.command == "finale":

@@ -278,7 +278,9 @@ def print_table(title, rows):
 
 def finish(judge, args, file_name, numbers):
     """Prints what the columns mean, and writes the numbers to a file in the run folder."""
-    print(f"{judge.count} images per row (Fréchet depends on this number), with captions never used in training.")
+    print(f"{judge.count} images per row (Fréchet depends on this number), made from test captions" +
+          (", which were never used in training." if judge.shapes else
+           " of the data set; if it has fewer, they are used again."))
     print("CLIP: 100 times the cosine between image and caption, by the run's own CLIP model." if judge.clip else
           f"No CLIP score: {args.run} has no clip.pt (python train.py text writes it).")
     if judge.features:

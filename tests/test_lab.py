@@ -123,7 +123,7 @@ return x + self.beta + self.gamma * x * norm / (norm.mean(-1, keepdim=True) + 1e
     assert "return torch.cat([t.sin(), t.cos()], dim=7)" in trace  # the line in the student's own file
 
     sheet = Image.open(copy / "lab_13.png")  # the student's row and the reference's differ
-    half = (sheet.height - 4 - 22) // 2
+    half = (sheet.height - 4 - 30) // 2
     assert sheet.crop((4, 4, 396, half)).tobytes() != sheet.crop((4, 4 + half, 396, 2 * half)).tobytes()
     assert (copy / "lab_3.png").exists() and not (copy / "lab_4.png").exists()
 
@@ -172,6 +172,7 @@ def test_folders_and_numbers_that_are_wrong(tmp_path, capsys):
     outside = "--to DIR must be a new folder outside the project"
     for arguments, message in ((["start", "3", "--to", str(tmp_path)], outside), (["start", "3"], outside),
                                (["start", "3", "--to", str(lab.HERE / "lab")], "outside"), (["check", "99"], "1 to 14"),
+                               (["check", "3"], "needs a working copy"), (["finale"], "needs a working copy"),
                                (["x"], "list")):
         with pytest.raises(SystemExit):
             lab.main(arguments)

@@ -110,7 +110,7 @@ def test_the_script_as_a_command(run, tmp_path):
     ("train.py --image-size 128 --run {run}", "image_size 64"),
     ("train.py --data cifar10", "--data cifar10 needs a --data-dir"),
     ("train.py --data-dir {run}", "--data shapes takes no --data-dir; give --data too"),
-    ("train.py --data cifar10 --data-dir {run}", "cifar-10-batches-bin: --download fetches the binary version"),
+    ("train.py --data cifar10 --data-dir {run}", "cifar-10-batches-bin: --data-dir is the folder that holds cifar-10-"),
     ("train.py --data folder --data-dir {none}", "none is not a folder"),
     ("train.py --data folder --data-dir {run}", "too few images"),
     ("train.py --run {code}", "is not empty, and is not a run"),
