@@ -898,8 +898,9 @@ class StageC(nn.Module):
 #
 # To switch to v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, change both StageB and StageC:
 #
-#     out            without the factor 2: v, in place of a and b
-#     predict_eps    without chunk; returns √ᾱ·v + √(1 − ᾱ)·x, which is eps (ᾱ: shape (B, 1, 1, 1), as in `add_noise`)
+#     out            without the factor 2, since there is one output, v, in place of two, a and b
+#     predict_eps    returns √ᾱ·v + √(1 − ᾱ)·x, which is eps, in place of what it computes from a and b (ᾱ has the shape
+#                    (B, 1, 1, 1), as in `add_noise`)
 #
 # Then train the two again (`python train.py b`, then `c`); weights trained before no longer fit. Because
 # (error of eps)² = ᾱ·(error of v)², the loss weight 1 − ᾱ on eps is a weight of ᾱ·(1 − ᾱ) on v. For an unweighted loss
