@@ -17,7 +17,7 @@ authors' training. A run writes these files to its folder:
     clip.pt                     the whole contrastive model, which tests/score.py uses
     STAGE.ckpt, cache/          the checkpoint of an unfinished stage, and its precomputed training data
     metrics.jsonl               a line every few steps: loss (in B and C also by quarter of t's range: loss_0, ...,
-                                loss_75), learning rate, images per second; every --save-every steps, test loss
+                                loss_75), learning rate, images per second; at checkpoints and the end: test loss
     sheets/, curves.png         images that show the progress, and a plot of the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
@@ -465,7 +465,7 @@ class Run:
                     found = {key: x.cpu().numpy() for key, x in compute(images).items()}
                 if not arrays:  # the first batch
                     needed, free = steps * sum(x.nbytes for x in found.values()), shutil.disk_usage(folder).free
-                    if needed > free:
+                    if needed > free:  # later, a full disk would kill the process: memory maps raise no error
                         raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free: "
                                         "give a smaller --cache")
                     arrays = {key: np.lib.format.open_memmap(folder / f"{key}.npy", "w+", x.dtype,
@@ -743,12 +743,13 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 #
 # To add one,
 #
-#     1. add its name to the choices of --data in `parse_args` (its default preset is photos, and it is mirrored);
+#     1. add its name to the choices of --data in `parse_args` (by default, it gets the preset photos, and its images
+#        are mirrored);
 #     2. for images in files or arrays: write a reader that takes and returns what `list_cifar` does, and call it beside
 #        `list_cifar` in `open_data`; `Images` does the rest;
 #     3. for anything else, instead of 2: write a class, and let `open_data` return {"train": ..., "test": ...}, two
-#        objects of it. Then give --cache with each command, since only `Images` knows how many images there are. If the
-#        class needs no files, treat it like "shapes" where --data-dir is checked.
+#        objects of it. Then give --cache with the first command, since only `Images` knows how many images there are.
+#        If the class needs no files, treat it like "shapes" where --data-dir is checked.
 #
 # First comes Shapes, rendered on the fly: "a big blue square to the left of a small green star".
 
@@ -939,7 +940,7 @@ def list_cifar(data, data_dir, left_out):
     place, items, captions = data_dir / folder, dict(train=[], test=[]), []
     if not place.is_dir():
         python = [f", only {path.name}, the Python version" for path in data_dir.glob("cifar-*py*") if path.is_dir()]
-        raise UserError(f"no {place}{''.join(python)}: --data-dir is the folder that holds {folder}; "
+        raise UserError(f"no {place}{''.join(python)}: --data-dir must be the folder that holds {folder}; "
                         "--download fetches the binary version")
     for name in read_text(place / names).replace("_", " ").splitlines():
         article = "an" if name[:1] in "aeiou" else "a"
@@ -1160,8 +1161,7 @@ def open_data(args):
         some = [*dict.fromkeys(str(name).removeprefix(f"{folder}{os.sep}") for name in names)]
         found += f"; {reason}: {len(names)} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})" if names else ""
     if not all(items.values()):
-        raise UserError(f"{args.data_dir}: too few images with captions: {found}. At least 2 are needed; README.md says"
-                        " where captions are looked for")
+        raise UserError(f"{args.data_dir}: too few images with captions: {found}; README.md says what is needed")
     print(f"{args.data_dir}: {found}")
     return {split: Images(items[split], args.image_size, args.seed) for split in items}
 
@@ -1208,7 +1208,7 @@ def plot(curves, x_label, y_label, log=False, circles=None):
     for i, ((label, curve), colour) in enumerate(zip(curves.items(), colours)):
         line, others = ([(to_x(x), to_y(y)) for x, y in some] for some in (curve, circles.get(label, ())))
         pen.line(line, colour, 2)
-        for x, y in others:
+        for x, y in others + line * (len(line) == 1):
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], "white", colour)
         pen.line([(right + 12, top + 8 + 18 * i), (right + 28, top + 8 + 18 * i)], colour, 3)
         pen.text((right + 34, top + 8 + 18 * i), label, "black", anchor="lm")
@@ -1291,7 +1291,7 @@ def plain_attention(device, precision):
 @contextlib.contextmanager
 def computing(device, precision, plain):
     """In this context, matrix products have the given precision, and attention is plain or PyTorch's own choice."""
-    half = precision != "float32"  # else no dtype: on MPS, some PyTorch versions warn about float32 even if disabled
+    half = precision != "float32"  # for float32, no dtype: on MPS, some PyTorch versions warn about it even if disabled
     with (torch.autocast(device, getattr(torch, precision) if half else None, enabled=half),
           sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()):
         yield
@@ -1346,9 +1346,10 @@ def parse_args(argv=None):
     args.flip = args.data != "shapes" if args.flip is None else args.flip
     args.cache = args.cache or (16_384 if args.data == "shapes" else None)
     args.image_size = args.image_size or PRESETS[args.preset].image_size
-    for name in FIXED:
-        if getattr(args, name) != saved.get(name, getattr(args, name)):
-            parser.error(f"{args.run} was started with {name} {saved[name]}; use another --run")
+    begun = {"init_from": None, "tokens": False} | saved  # older runs lack some options
+    for name in FIXED if saved else ():
+        if getattr(args, name) != begun.get(name, getattr(args, name)):
+            parser.error(f"{args.run} was started with {name} {begun[name]}; use another --run")
     if bool(args.data_dir) == (args.data == "shapes"):
         parser.error(f"--data {args.data} " + ("takes no --data-dir; give --data too" if args.data_dir else
                                             "needs a --data-dir"))

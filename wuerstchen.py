@@ -68,7 +68,7 @@ class VQGANConfig:
     channels: tuple = (192, 384)  # of its two levels, at half and at a quarter of the image's size
     blocks: int = 12  # of the decoder, at the lowest resolution
     codebook_size: int = 8192
-    scale: float = 0.3764  # Stage B works on latents divided by this; training replaces it by a measured one
+    scale: float = 0.3764  # Stage B works on latents divided by this; training replaces it with a measured one
     disc_depth: int = 6
     disc_width: int = 512
 
@@ -662,8 +662,8 @@ class SqueezeExcitation(nn.Module):
 
 class MBConv(nn.Module):
     """Expansion, depthwise 3x3 convolution, squeeze-excitation and projection. If `fused`, one full 3x3 convolution
-    replaces the first two, and there is no squeeze-excitation; nor a projection if `expansion` is 1. In training, the
-    residual branch is dropped for each image with probability `drop` (stochastic depth)."""
+    replaces the first two, and there is no squeeze-excitation (and no projection either if `expansion` is 1). In
+    training, the residual branch is dropped for each image with probability `drop` (stochastic depth)."""
 
     def __init__(self, c_in, c_out, expansion, stride, fused, drop):
         super().__init__()
@@ -794,8 +794,8 @@ class StageB(nn.Module):
 
     def encode_conditions(self, semantic, text, size):
         """Computes everything that does not depend on x or t; sampling does this once per image. For each level on the
-        way down, then up, the result holds the semantic latents (mapped, at the level's size; None if it does not see
-        them) and the text's keys and values.
+        way down, then up, the result holds the semantic latents (mapped, at the level's size; None if the level does
+        not see them) and the text's keys and values.
         semantic (B, hs, ws, 16), text (B, L, text width), size (h, w) of x -> a list for `predict_eps`"""
         text, conditions, depth = self.text_norm(self.text_mapper(text)), [], len(self.down)  # (B, L, cond_width)
         levels = (*range(depth), *reversed(range(depth)))  # in the order they run: down, then up
@@ -1037,7 +1037,7 @@ def sample(network, x, times, conditions, guidance=1.0, generator=None, sampler=
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Wuerstchen: all of it together.
 
-STAGES = {  # stages of training, in this order ("text" is CLIP's): the networks in each stage's file, <stage>.pt
+STAGES = {  # stages of training, in this order ("text": CLIP): the networks in each stage's file, <stage>.pt
     "text": ("text_b", "compressor"),  # CLIP's two encoders; its image encoder is the new compressor's backbone
     "a": ("a",),
     "b": ("compressor", "b"),
@@ -1179,7 +1179,7 @@ class Wuerstchen(nn.Module):
     @classmethod
     def load(cls, folder, stages=tuple(STAGES)):
         """A model from a run folder, in evaluation mode. FileNotFoundError if the folder or a stage is missing."""
-        folder, stages = Path(folder), [stage for stage in STAGES if stage in stages]  # b after text: newer compressor
+        folder, stages = Path(folder), sorted(stages, key=[*STAGES].index)  # b.pt's compressor replaces text.pt's
         for path in (folder / "config.json", folder / "tokenizer", *(folder / f"{stage}.pt" for stage in stages)):
             if not path.exists():
                 raise FileNotFoundError(f"no {path}: train this run first: python train.py --run {folder}")

@@ -109,7 +109,7 @@ def grid(images):
 
 
 def border(images):
-    """How much brighter the outermost pixels are than those four pixels further in, in steps of 1/255.
+    """How much brighter the outermost pixels are than those four pixels further in, on a scale from 0 to 255.
     (N, H, W, 3) -> number"""
     rings = [torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], dim=1) for x in (images, images[:, 4:-4, 4:-4])]
     return 255 * (rings[0].mean() - rings[1].mean()).item()

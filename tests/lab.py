@@ -65,7 +65,7 @@ EXERCISES = []
 
 
 def exercise(*columns, **more):
-    """Decorates a probe: makes an exercise of it, the next in the list."""
+    """A decorator: makes the probe the next exercise."""
     return lambda probe: EXERCISES.append(Exercise(*columns, **more, probe=probe)) or probe
 
 
@@ -135,7 +135,8 @@ def module_of(task, source, path):
 
 
 def students(task):
-    """The working copy's module, but with the reference's functions for all other exercises, so one is graded alone."""
+    """The working copy's module, but with the reference's functions for all other exercises, so that each is graded on
+    its own."""
     module = module_of(task, (HERE / task.file).read_text("utf-8"), str(HERE / task.file))
     reference = module_of(task, (REFERENCE / task.file).read_text("utf-8"), task.file)
     for name in (name for other in EXERCISES if other is not task and other.file == task.file for name in other.names):
@@ -1004,7 +1005,7 @@ def main(argv=None):
         for number, task in enumerate(EXERCISES, 1):
             lines = count_lines((REFERENCE / task.file).read_text("utf-8"), *task.names)
             print(f"{number:3}  {task.title}: {lines}, {task.minutes} minutes\n"
-                  f"     paper: {task.section}; teaches {task.learned}\n     {task.file}: {', '.join(task.names)}")
+                  f"     paper: {task.section}; you learn: {task.learned}\n     {task.file}: {', '.join(task.names)}")
         print(EXPERIMENTS)
     elif args.command == "start":
         if args.to is None or args.to.exists() or HERE in args.to.resolve().parents:

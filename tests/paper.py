@@ -216,9 +216,9 @@ def speed(args):
         steps, _ = timed(lambda: sample(unet.predict_eps, noise_b, timesteps(5, "cpu"), conditions, 2.0))
         seconds = (c, b, a, c + b + a, text + UNET_STEPS / 5 * steps + a)
         results[f"{size} px, batch {batch}"] = {name: round(s / batch, 3) for name, s in zip(SPEED, seconds)}
-    write(OUT / "speed", {"seconds per image": results}, train.plot(
-        {name: [(size, results[f"{size} px, batch 1"][name]) for size in (128, 256, 512)] for name in SPEED},
-        "side in pixels", "seconds per image, batch 1", log=True))
+    curves = {name: [(size, results[f"{size} px, batch 1"][name]) for size in (128, 256, 512)] for name in SPEED}
+    write(OUT / "speed", {"seconds per image": results},
+          train.plot(curves, "side in pixels", "seconds per image, batch 1", log=True, circles=curves))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

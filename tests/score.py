@@ -8,9 +8,8 @@ Measures how good a trained run is, on captions and images that it was not train
 
 --sweep varies the guidance scale of Stage C and the numbers of steps, one at a time, and prints a table for each. It
 also writes sweep.json (the same numbers), a plot (for Shapes only) and a grid of images (guidance scale x steps of C).
-Below: formulas; the checker of Shapes, which looks only
-at the pixels and says which attributes of a caption an image has; Judge, which computes a row of a table; the two
-commands.
+Below: formulas; the checker of Shapes, which looks only at the pixels and says which attributes of a caption an image
+has; Judge, which computes a row of a table; the two commands.
 """
 
 import argparse
@@ -303,10 +302,10 @@ def score(model, args):
 
     (images, captions), (real, _) = judge.examples("test"), judge.examples("test", batch=1)
     seeds = range(args.seed, args.seed + judge.count)
-    for name, rebuilt in {"reconstructed by B and A": in_batches(by_b, images, seeds, [""] * judge.count),
+    for name, reconstructed in {"reconstructed by B and A": in_batches(by_b, images, seeds, [""] * judge.count),
                           "same, B given the captions": in_batches(by_b, images, seeds, captions),
                           "reconstructed by A": in_batches(lambda x: model.a(x)[0].clamp(0, 1), images)}.items():
-        rows[name] = judge(rebuilt, captions, real) | {"PSNR": psnr(rebuilt, images).mean().item()}
+        rows[name] = judge(reconstructed, captions, real) | {"PSNR": psnr(reconstructed, images).mean().item()}
     rows["the images"] = judge(images, captions, real)
     codes = in_batches(lambda x: model.a.quantizer(model.a.encode(x))[1], images)
     usage, perplexity = codebook_usage(codes, model.config.a.codebook_size)
@@ -358,7 +357,7 @@ def main(argv=None):
     add("--cfg-b", type=float, help="guidance scale of Stage B; 1: none (default: the run's)")
     add("--inception", metavar="FILE", help="for Fréchet: TorchScript file, such as StyleGAN's inception-2015-12-05.pt")
     add("--device", default="auto", choices=DEVICES)
-    add("--sweep", action="store_true", help="change the guidance scale and the numbers of steps, one at a time")
+    add("--sweep", action="store_true", help="vary Stage C's guidance scale and the numbers of steps, one at a time")
     add("--out", default="sweep.png", help="image file for the grid of --sweep (default: sweep.png)")
     args = parser.parse_args(argv)
     model = Wuerstchen.load(args.run).to(pick_device(args.device))

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import threading
 from argparse import Namespace
 from pathlib import Path
@@ -383,7 +382,7 @@ def test_cifar(tmp_path, data, name, baby):
     with pytest.raises(train.UserError, match=r"too few images .*missing or incomplete files: \d \(test"):
         open_data(tmp_path, data)
     (tmp_path / folder).rename(tmp_path / f"cifar-{data[5:]}-batches-py")
-    message = "only cifar-10+-batches-py, the Python version: --data-dir is .*; --download fetches the binary version"
+    message = "only cifar-10+-batches-py, the Python version: .*; --download fetches the binary version"
     with pytest.raises(train.UserError, match=message):
         open_data(tmp_path, data)
 

@@ -277,12 +277,12 @@ def test_plot():
     red, blue = (215, 48, 31), (43, 108, 176)  # of the first curve and the second
     for log, middle, height in ((False, 10, 24), (True, 10 ** 0.5, 170)):
         curves = {"a": [(0, 1), (50, middle), (100, 10)], "b": [(0, 1), (100, 1)]}
-        chart = train.plot(curves, "x", "y", log)
-        assert chart.getpixel((449, 25)) == red and chart.getpixel((255, height)) == red
-        assert chart.getpixel((200, 316 if log else 287)) == blue  # an axis that is not logarithmic begins at 0
+        image = train.plot(curves, "x", "y", log)
+        assert image.getpixel((449, 25)) == red and image.getpixel((255, height)) == red
+        assert image.getpixel((200, 316 if log else 287)) == blue  # an axis that is not logarithmic begins at 0
         circled = train.plot(curves, "x", "y", log, circles={"b": [(50, 10)]})
         assert [circled.getpixel((x, 24)) for x in (252, 255, 258)] == [blue, (255, 255, 255), blue]
-    assert train.plot({"one": [(3, 3)]}, "x", "y").size == (640, 360)
+    assert train.plot({"one": [(3, 3)]}, "x", "y").getpixel((447, 24)) == red  # a single point is a circle
 
 
 def test_fill_needs_latents(model):

@@ -149,7 +149,7 @@ def loss_c(c):
 @pytest.mark.parametrize("loss_of, x0, share", [(loss_b, 0.2 / 0.4, 0.25), (loss_c, (8 - 5) / 2, 0.05)])
 def test_diffusion_losses(loss_of, x0, share):
     """A network that finds eps has a loss of 0. If it is wrong by 1, its loss is the mean of the weight 1 - alpha_bar
-    at its own times; in Stage B, times the factor, which keeps the mean weight the same."""
+    at its own times; in Stage B, times the factor, which keeps the mean weight about the same."""
     right, wrong = Knowing(x0), Knowing(x0, wrong=1.0)
     assert loss_of(right) < 1e-6
     loss, signal = loss_of(wrong).detach(), alpha_bar(wrong.t)

@@ -38,7 +38,7 @@ def networks():
 
 
 def init(module, std):
-    """All parameters from N(0, std²): the zeros that networks start with would hide half of them. 0: all are zero."""
+    """All parameters from N(0, std²): a network starts with zeros that would hide half of it. 0: all are zero."""
     for p in module.parameters():
         nn.init.normal_(p, std=std)
     return module

@@ -142,9 +142,10 @@ def test_score(model, run, capsys):
     images, captions = zip(*(Shapes(64, split="test")[i] for i in range(4)))
     images, seeds = torch.from_numpy(np.stack(images)) / 255, [5, 6, 7, 8]
     by_a, by_b = model.reconstruct(images, steps=2, seed=seeds)
-    for name, rebuilt in {"reconstructed by A": by_a, "reconstructed by B and A": by_b, "same, B given the captions":
-                          model.reconstruct(images, list(captions), steps=2, seed=seeds)[1]}.items():
-        assert rows[name]["PSNR"] == pytest.approx(score.psnr(rebuilt, images).mean().item(), abs=1e-3)
+    told = model.reconstruct(images, list(captions), steps=2, seed=seeds)[1]
+    for name, made in {"reconstructed by A": by_a, "reconstructed by B and A": by_b,
+                       "same, B given the captions": told}.items():
+        assert rows[name]["PSNR"] == pytest.approx(score.psnr(made, images).mean().item(), abs=1e-3)
     assert rows["reconstructed by B and A"]["PSNR"] != rows["same, B given the captions"]["PSNR"]
     assert "4 images per row:\n\n```\n" + "\n".join(table[:7]) in (run / "report.md").read_text("utf-8")
 
@@ -184,5 +185,5 @@ def test_sweep(run, tmp_path, monkeypatch):
     assert list(tables["steps_c"]) == ["1", "2", "4", "8", "16", "60"] and tables["cfg"]["1"]["whole"] == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 7 * 64 and grid.height > 6 * 64
-    with Image.open(tmp_path / "grid.plot.png") as chart:
-        assert chart.size == (640, 360)
+    with Image.open(tmp_path / "grid.plot.png") as image:
+        assert image.size == (640, 360)

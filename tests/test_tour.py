@@ -28,7 +28,7 @@ def test_every_picture_is_in_the_page(page):
     assert text.count('<img alt="') == len(pictures) and text.count("<h2>") == len(tour.STATIONS)
     assert "a &lt;big&gt; red star" in text and 'alt=""' not in text
     assert not re.search(r'(src|href)="(?!data:image/png)', text)  # nothing from elsewhere
-    assert "Stage C after 1 steps" in text and "Stage C after 3 steps" in text and "Stage C after 4 steps" in text
+    assert all(f"Stage C at step {i}." in text for i in (1, 3, 4))
 
 
 def test_links_name_the_line_of_each_function(page):

@@ -362,8 +362,8 @@ def test_a_run_older_than_an_option_resumes(micro, tmp_path, missing):
     args = train.parse_args(["--run", str(folder)])
     assert [getattr(args, name) for name in ("tokens", "init_from", "device", "freeze_text", "flip", "cache")] == [
         False, None, None, False, False, options.get("cache", 16_384)]
-    train.main(["a", "--run", str(folder), *FEW])
     assert "was started with tokens False" in last_words("train.py", "--run", folder, "--tokens")
+    train.main(["a", "--run", str(folder), *FEW])
 
 
 def test_an_unfinished_stage_resumes_as_it_was_begun(micro, tmp_path, capsys):

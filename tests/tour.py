@@ -122,7 +122,7 @@ def stage_a(guide):
     """Stage A: latents, four times smaller than the image in each direction"""
     a, images, side = guide.model.a, guide.images[:1], guide.images.shape[1]
     latents = a.encode(images)
-    rebuilt, _, codes, _ = a(images)
+    reconstructed, _, codes, _ = a(images)
     channels = colours(latents[0].movedim(-1, 0), 3)
     shades = torch.rand(len(a.quantizer.codebook), 3, generator=torch.Generator().manual_seed(0))
     yield (make_sheet([torch.cat([images, enlarge(channels, side), enlarge(shades[codes], side)])],
@@ -132,7 +132,7 @@ def stage_a(guide):
            "not the codes.", w.VQGAN.encode, w.Quantizer)
     changed, (y, x) = latents.clone(), (n // 2 for n in latents.shape[1:3])
     changed[0, y, x, 0] += latents[..., 0].std()
-    yield (make_sheet([torch.cat([images, rebuilt, 1 - 8 * (rebuilt - images).abs(),
+    yield (make_sheet([torch.cat([images, reconstructed, 1 - 8 * (reconstructed - images).abs(),
                                   1 - 8 * (a.decode(changed) - a.decode(latents)).abs()])],
                       ["image", "reconstructed from its codes", "difference (x8)",
                        "effect of shifting one latent by one standard deviation (x8)"]),
@@ -210,7 +210,7 @@ def attention(guide):
         e = model.sample_c(noisy, model.times(None, "c"), [guide.caption], guidance=1, generator=generator)
         middle = weights[len(weights) // 2 // depth * depth:][:depth]
         weights.clear()
-        drawn = guide.by_b(e, [guide.caption], guidance=1)
+        generated = guide.by_b(e, [guide.caption], guidance=1)
     cells, places = side * side, {"left": side // 2 * side, "right": side // 2 * side + side - 1}
     read = [block[0, place, cells:cells + len(names)] for block in middle for place in places.values()]
     yield (table(torch.stack(read), [f"block {i}, {cell} cell" for i in range(1, depth + 1) for cell in places], names),
@@ -225,7 +225,8 @@ def attention(guide):
     rows = torch.stack([block[y * grid + x] for y, x in places])
     maps = rows[:, :grid * grid].view(2, grid, grid, 1).expand(-1, -1, -1, 3)
     maps = enlarge(1 - maps / maps.amax(dim=(1, 2, 3), keepdim=True), guide.images.shape[1])
-    yield (make_sheet([torch.cat([drawn, maps])], ["generated", "middle of the left half", "middle of the right half"]),
+    yield (make_sheet([torch.cat([generated, maps])],
+                      ["generated", "middle of the left half", "middle of the right half"]),
            "Two positions in Stage B, and which positions of the image they attend to (darker: more), in a block at "
            "the U-Net's lowest level." + guide.known * (
                " They attend not to their own object, as one might expect, but to a few other positions."),
@@ -238,8 +239,8 @@ def attention(guide):
 def guidance(guide):
     """Guidance: away from the prediction without a caption"""
     columns = {"no caption": ("", 1)} | {f"guidance {s}": (guide.caption, s) for s in (1, 2, 4, 8)}
-    drawn = [guide.model.generate([caption] * 3, seed=[0, 1, 2], guidance=(s, 1)) for caption, s in columns.values()]
-    yield (make_sheet([*torch.stack(drawn, dim=1)], [*columns]),
+    images = [guide.model.generate([caption] * 3, seed=[0, 1, 2], guidance=(s, 1)) for caption, s in columns.values()]
+    yield (make_sheet([*torch.stack(images, dim=1)], [*columns]),
            "Three seeds, a row each. Guidance pushes Stage C's prediction away from what it predicts without a "
            "caption. Shapes hardly need it; photos do, but too much of it makes them look alike.", w.guided)
 
@@ -266,7 +267,7 @@ def training(guide):
     for stage in "bc":
         sheets = sorted((guide.folder / "sheets").glob(f"{stage}_*.png"))
         for path in sorted({*sheets[:1], *sheets[len(sheets) // 2:][:1], *sheets[-1:]}):
-            yield Image.open(path), (f"Stage {stage.upper()} after {int(path.stem[2:])} steps. Top row: test images; "
+            yield Image.open(path), (f"Stage {stage.upper()} at step {int(path.stem[2:])}. Top row: test images; "
                                      "below, what the model makes of them and of their captions."), train.fit
 
 
