@@ -7,9 +7,9 @@ Trains Würstchen from scratch, stage by stage:
     python train.py c --steps 5000                       one stage again, for longer
 
 It first trains a tokenizer, then a text encoder by contrastive learning (the paper uses CLIP's). After that, as in the
-paper, it trains Stage A, then Stage B with its semantic compressor, then Stage C on the semantic latents. Stage B
-uses the text encoder unchanged; Stage C continues training its own copy. The README lists what differs from the
-authors' training. A run writes these files to its folder:
+paper, it trains Stage A, then Stage B with its semantic compressor, then Stage C on the semantic latents. Stage B uses
+the text encoder unchanged; Stage C continues training its own copy. The README lists what differs from the authors'
+training. A run writes these files to its folder:
 
     config.json, tokenizer/     sizes and vocabulary
     options.json                the options that later commands reuse
@@ -21,8 +21,7 @@ authors' training. A run writes these files to its folder:
     sheets/, curves.png         images that show the progress, and a plot of the losses
     report.md                   the machine; the time, memory and last losses of each stage
 
-Read it from top to bottom: recipes, losses, optimizer and training loop, stages; then data, plots and the command
-line.
+Read this file from top to bottom: recipes, losses, optimizer and training loop, stages; data, plots, command line.
 """
 
 import argparse
@@ -117,8 +116,8 @@ def vqgan_loss(vqgan, discriminator, images, adversarial):
 
 
 def noisy_conditions(semantic, text, null_text):
-    """Stage B's conditions in training: the text and the semantic latents e. Training changes both, so that B can
-    also generate when one or both are missing, and tolerate the errors in Stage C's e:
+    """Stage B's conditions in training: the text and the semantic latents e. Training changes both, so that B can also
+    generate when one or both are missing, and tolerate the errors in Stage C's e:
 
         text: replaced by the null caption for 25% of the images (the authors: 5%)
         e: noised at a random time in [0, 0.5] for 10% of the images that keep their caption (the authors: in
@@ -142,8 +141,8 @@ def noisy_conditions(semantic, text, null_text):
 
 
 def stage_b_loss(b, compressor, scale, resized, latents, text, null_text):
-    """Stage B's and the compressor's loss (appendix E.2): diffusion_loss of eps in noised latents, given the text
-    and the semantic latents e as `noisy_conditions` gives them. With two changes, B learns to use e in fewer steps:
+    """Stage B's and the compressor's loss (appendix E.2): diffusion_loss of eps in noised latents, given the text and
+    the semantic latents e as `noisy_conditions` gives them. With two changes, B learns to use e in fewer steps:
 
         times around 0.7 are the most frequent: t = sigmoid(0.5 + normal noise) (the authors': `training_times`)
         besides the P2 weight, the loss has the factor 0.4/√(ᾱ(t) + 0.02); the 0.4 keeps the mean weight about the same
@@ -246,8 +245,7 @@ def orthogonal(x, dtype):
 def make_optimizers(network, lr_scale, dtype):
     """Muon for the weights of Linear layers with at least 64 rows and 64 columns; AdamW for all other parameters, with
     the betas of the authors' script for Stage B. lr_scale(name): the factor by which a parameter's learning rate is
-    multiplied. Muon's is three times that. Each group keeps its factor as "lr_scale". -> list of one or two
-    optimizers"""
+    multiplied. Muon's is three times that. Each group keeps its factor as "lr_scale". -> a list of optimizers"""
     large = {m.weight for m in network.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64}
     adamw, muons = {}, {}  # factor -> group
     for name, p in network.named_parameters():

@@ -141,8 +141,7 @@ class Config:
         """Latent sizes for an image of height x width pixels, rounded as in the published model. Along each side, the
         number of semantic cells is the number of pixels divided by image_size / cells (42.67 at 128, 256 and 1024 px if
         `rescale` is 0.75), rounded up. Each cell covers as many of Stage A's latents as in training. The number of
-        these latents along each side is then rounded to a multiple of `stride` // 4, because B's down-sampling requires
-        it.
+        these latents along each side is then rounded to a multiple of `stride` // 4, as B's down-sampling requires.
         -> semantic (hs, ws), Stage A's latents (h, w)"""
         unit = self.stride // 4
         semantic = [math.ceil(pixels * self.cells / self.image_size) for pixels in (height, width)]
@@ -389,8 +388,7 @@ class BlockSequence(nn.ModuleList):
 
     def scale_branches(self, total):
         """Part of the initialisation: scales the weights of each ResBlock's last Linear by √(1/total), and makes each
-        TimestepBlock the identity. total: the network's number of Blocks (in Stage B, only of those on the way
-        down)."""
+        TimestepBlock the identity. total: the network's number of Blocks (Stage B: those on the way down)."""
         for block in self:
             block.res.project.weight.data *= (1 / total) ** 0.5
             nn.init.zeros_(block.time.mapper.weight)
@@ -507,8 +505,7 @@ class CLIP(nn.Module):
 def contrastive_loss(logits, ids):
     """CLIP's loss: the mean of two cross-entropies. The first chooses each image's caption among all N captions; the
     second chooses, for each of the first B captions, its image among the B images. In the first, identical captions
-    all count as correct and share the target equally. In the second, the same holds for the images of identical
-    captions.
+    all count as correct and share the target equally; in the second, so do the images of identical captions.
     logits (B, N), ids (N, L): the images' own captions, then wrong ones close to them (hard negatives) -> scalar"""
     B = len(logits)
     same = (ids[:B, None] == ids[None]).all(dim=-1).float()           # (B, N)
@@ -1297,8 +1294,7 @@ def token_loss(logits, codes, replaced, t):
 def sample_tokens(network, start, times, conditions, guidance=1.0, generator=None, temperatures=(1.0, 0.2),
                   after_step=None):
     """The sampling loop for tokens. A step draws every code from the softmax of logits/temperature; the temperature
-    falls from temperatures[0] to temperatures[1]. The step then resets each code to its starting code with probability
-    t_next.
+    falls from temperatures[0] to temperatures[1]. Then each code is reset to its starting code with probability t_next.
     network(codes, t, conditions) -> logits; start: random codes (B, h, w); after_step(codes, drawn, t_next) -> codes;
     the rest as in `sample` -> codes (B, h, w)"""
     codes = start

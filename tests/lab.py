@@ -912,8 +912,7 @@ null        python sample.py "a red star" --cfg 0 --count 12
             still reads the caption: half of the images have something red.
 cells       tour/3_semantic_2.png: the middle cell of the top or bottom row is replaced by the same cell of another
             image. What does one cell decide? The colour of the object there, and sometimes part of its shape: the
-            object reaches into other cells, which still hold the old outline. The object in the other half of the
-            image does not change.
+            object reaches into other cells, which still hold the old outline. The other object does not change.
 words       tour/6_attention_1.png: which words does Stage C's right cell attend to when it places the blue square?
             Neither "blue" nor "square", but "of a" in "right of a"; the left cell attends to the end token. The text
             encoder is causal: at "square" it cannot know yet that the square is to be on the right. Stage B attends to

@@ -254,8 +254,8 @@ def compression(args):
 
 def stages(args):
     """A small convolutional decoder learns to turn semantic latents into images, by mean squared error. Then it decodes
-    those of test images and those that Stage C generates. For comparison, Stages B and A decode Stage C's, with
-    and without the caption."""
+    those of test images and those that Stage C generates. For comparison, Stages B and A decode Stage C's, with and
+    without the caption."""
     model, layers, steps = Wuerstchen.load(args.run), [], args.steps or 1500
     torch.manual_seed(0)
     for c_in, c_out in ((16, 256), (256, 128), (128, 64), (64, 32), (32, 16)):  # 3x3 -> 96x96
