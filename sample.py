@@ -153,7 +153,7 @@ def keep(known, mask, noise):
 
 @torch.no_grad()
 def fill(model, images, masks, prompts, steps=(None, None), guidance=(None, None), seed=None, **options):
-    """Generates the masked parts of images anew, and leaves the rest as Stage A decodes its unquantized latents. masks
+    """Generates the masked parts of images anew; Stage A reconstructs the rest, from unquantized latents. masks
     (B, H, W) bool, True for pixels to generate; a cell or latent is generated if any of its pixels is masked. prompts
     describe whole images."""
     if model.config.b.token_width:

@@ -552,7 +552,7 @@ def hard_negatives(caption, between, rng):
     if replaceable := [i for i in others if others[i]]:
         i = rng.choice(replaceable)
         changes.append({i: rng.choice(sorted(others[i]))})
-    # Not adjacent words: swapping them would change the neighbours of both.
+    # Adjacent words are never swapped, because that would change the neighbours of both.
     if swaps := [{i: words[j], j: words[i]} for i in others for j in others
                  if j > i + 1 and words[j] in others[i] and words[i] in others[j]]:
         changes.append(rng.choice(swaps))
@@ -741,7 +741,7 @@ NEEDS = {"text": (), "a": (), "b": ("text", "a"), "c": ("text", "a", "b")}
 #
 # To add one,
 #
-#     1. add its name to the choices of --data in `parse_args` (by default, it gets the preset photos, and its images
+#     1. add its name to the choices of --data in `parse_args` (by default, it gets the preset "photos", and its images
 #        are mirrored);
 #     2. for images in files or arrays: write a reader that takes and returns what `list_cifar` does, and call it beside
 #        `list_cifar` in `open_data`; `Images` does the rest;

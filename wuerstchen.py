@@ -988,8 +988,8 @@ def generators(seed, count):
 
 
 def timesteps(steps, device):
-    """steps: their number, for times evenly spaced from 1 to 0; or "fast", the authors' short list for Stage C: 19
-    steps down to 2/3, ten more to 0 -> decreasing tensor, (steps + 1,) or, for "fast", (30,)"""
+    """steps: the number of steps, for times evenly spaced from 1 to 0; or "fast", the authors' short list for Stage C:
+    19 steps down to 2/3, ten more to 0 -> decreasing tensor, (steps + 1,) or, for "fast", (30,)"""
     if steps == "fast":
         return torch.tensor([1 - i / 57 for i in range(20)] + [(10 - i) / 15 for i in range(1, 11)], device=device)
     return torch.linspace(1, 0, steps + 1, device=device)
@@ -1423,7 +1423,7 @@ def load_official(model, part, weights):
     or of the wrong shape, PyTorch raises a RuntimeError that names them."""
     network, config = getattr(model, part), model.config
     ours, found = network.state_dict(), {}
-    weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()  # as older files have them
+    weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()  # a prefix of older files
                if not key.endswith("position_ids")}
     if part == "a":  # the weight files lack these values: this one is in config.json, Stage C's are in the pipeline
         found["scale"] = torch.tensor(config.a.scale)
