@@ -4,7 +4,7 @@ Trains Würstchen from scratch, stage by stage:
     python train.py                                      everything: Shapes, 128 px
     python train.py --data cifar10 --data-dir data --download --run runs/cifar
     python train.py --data folder --data-dir DIR --run runs/mine        your own images, with captions in .txt files
-    python train.py c --steps 5000                       one stage again, for longer
+    python train.py c --steps 5000                       one stage again, from new weights, for longer
 
 It first trains a tokenizer, then a text encoder by contrastive learning (the paper uses CLIP's). After that, as in the
 paper, it trains Stage A, then Stage B with its semantic compressor, then Stage C on the semantic latents. Stage B uses
@@ -83,7 +83,7 @@ RECIPES = {
                    c=Recipe(1400, 64, 1.5e-3)),
     "small": dict(text=Recipe(20_000, 256, 5e-4), a=Recipe(40_000, 32, 3e-4), b=Recipe(100_000, 64, 2e-4),
                   c=Recipe(100_000, 256, 2e-4)),
-    # The paper's numbers for its first, 512-px phase; those of the text encoder are ours.
+    # The paper's numbers for its first phase (at 512 px: --image-size 512); those of the text encoder are ours.
     "v2": dict(text=Recipe(200_000, 1024, 1e-4), a=Recipe(500_000, 256, 1e-4), b=Recipe(457_000, 512, 1e-4),
                c=Recipe(500_000, 1536, 1e-4)),
 }
@@ -294,7 +294,7 @@ def checkpoint(path, parts, step, recipe):
 
 def restore(path, parts, stage, recipe):
     """Loads into the parts what `checkpoint` saved. -> steps done"""
-    state = load_file(path, map_location=next(parts["network"].parameters()).device)
+    state = load_file(path)
     for name, part in parts.items():
         if state[name]:  # a scaler's is empty unless the precision was float16
             load_state(part, state[name], path)
@@ -331,7 +331,8 @@ def fit(run, stage, network, batches, loss_fn, preview=None, test_batches=(), lr
 
     batches(first, recipe) yields batches from step `first` on;
     loss_fn(network, batch, step) -> the loss to minimise, and a dictionary of numbers to log; if it has a "loss", that
-    is logged instead of the one minimised;
+    is logged instead of the one minimised. It must use this network, not run.model's: for the test loss, it is called
+    with the average;
     preview(average, images, captions) -> rows of images for a sheet;
     test_batches: batches of test data, for `test_loss`;
     lr_scale: see `make_optimizers`."""
@@ -391,7 +392,7 @@ class Run:
         self.precision = args.precision or pick_precision(self.device.type)
         self.train_data, self.test_data = data["train"], data["test"]
         (self.folder / "sheets").mkdir(exist_ok=True)
-        self.model, self.pretrained = None, False  # pretrained: the stage continues from another run's weights
+        self.model, self.pretrained = None, False  # pretrained: the stage continues from the weights of --init-from
 
     def recipe(self, stage):
         """Each value comes from the command; else from the checkpoint of an unfinished stage; else from the preset."""
@@ -577,7 +578,9 @@ def train_text(run):
         return contrastive_loss(clip(images, ids, mask), ids), {}
 
     clip = CLIP(run.model.config)
-    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # Stage B's compressor starts from it
+    clip.text, clip.image = run.model.text_b, run.model.compressor.backbone  # B's compressor starts from this backbone
+    if run.pretrained and (path := run.folder / "clip.pt").exists():
+        load_state(clip, load_file(path), path)
     clip = fit(run, "text", clip.to(run.device), run.batches, loss_fn, test_batches=run.test_batches("text"))
     run.model.text_b, run.model.compressor.backbone = clip.text, clip.image
     save_atomically(run.folder / "clip.pt", clip.state_dict())
@@ -599,7 +602,7 @@ def train_a(run):
     def loss_fn(network, batch, step):
         images = torch.cat([crop(batch[0], side) for _ in range(crops)])
         loss_gen, loss_disc, mse, latents, codes = vqgan_loss(network["a"], network["discriminator"], images,
-                                                              adversarial=step >= 3 * steps // 4)
+                                                              adversarial=network.training and step >= 3 * steps // 4)
         moved = revive_codes(network["a"].quantizer.codebook, latents, codes, network.idle) if network.training else 0
         return loss_gen + loss_disc, dict(loss=loss_gen, loss_disc=loss_disc, mse=mse, revived_codes=moved)
 
@@ -629,9 +632,10 @@ def revive_codes(codebook, latents, codes, idle, patience=50):
     idle[codes.unique()] = 0
     dead = (idle >= patience).nonzero()[:, 0]
     latents = latents.float().flatten(0, 2)
-    if latents.isfinite().all():
-        codebook[dead] = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
-        idle[dead] = 0
+    if not latents.isfinite().all():
+        return 0
+    codebook[dead] = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]
+    idle[dead] = 0
     return len(dead)
 
 
@@ -671,7 +675,7 @@ def train_b(run):
                                      null_text=null_text)
         return losses.mean(), by_time(losses, t)
 
-    def use(average):
+    def use(average):  # the whole model samples with it
         model.compressor, model.b = average["compressor"], average["b"]
 
     def preview(average, images, captions):
@@ -707,8 +711,9 @@ def train_c(run):
     arrays = run.cached("c", "b.pt", compute)
     # The mean and the standard deviation are measured again even for pretrained weights, because they depend on the
     # image size. The deviation is clipped because that of a constant channel is 0.
-    model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(axis=(0, 1, 2))))
-    model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(axis=(0, 1, 2)).clip(1e-3)))
+    statistics = dict(axis=(0, 1, 2), dtype=np.float64)  # sums of many float32 numbers would lose digits
+    model.c.latent_mean.copy_(torch.from_numpy(arrays["semantic"].mean(**statistics)))
+    model.c.latent_std.copy_(torch.from_numpy(arrays["semantic"].std(**statistics).clip(1e-3)))
     model.text_c.requires_grad_(not frozen)
     network = nn.ModuleDict(dict(text_c=model.text_c, c=model.c))
 
@@ -717,7 +722,7 @@ def train_c(run):
                                  *run.encode(network["text_c"], batch["captions"], "c"))
         return losses.mean(), by_time(losses, t)
 
-    def use(average):
+    def use(average):  # as in `train_b`
         model.text_c, model.c = average["text_c"], average["c"]
 
     def preview(average, images, captions):
@@ -766,7 +771,7 @@ TINT = {"object": 10, "background": 3}  # largest change of a colour channel, of
 
 
 def ring(n, radius, start=-90):
-    """n points on a circle, the first one straight up: (n, 2) array of x, y."""
+    """n points on a circle, the first at the angle `start` (-90: straight up): (n, 2) array of x, y."""
     angle = np.radians(start + 360 / n * np.arange(n))
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
@@ -981,7 +986,7 @@ def read_table(file, text, left_out):
     captions = {}
     if file.suffix.lower() == ".csv":
         csv.field_size_limit(2**31 - 1)  # a quotation mark may be missing
-        text = text.replace("\ufeff", "").strip()  # byte order marks
+        text = text.replace("\ufeff", "").strip("\r\n ")  # byte order marks; a tab may begin the header
         separator = max(",;\t", key=(text.splitlines() or [""])[0].count)
         table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
         names = [name.strip().lower() for name in next(table, [])]
@@ -1237,12 +1242,13 @@ def peak_memory(device):
     if os.name == "nt":
         return math.nan
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def report(run, stage, seconds, machine):
     """Adds a finished stage to report.md, a table for comparing runs."""
-    last = parse_json((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = map(parse_json, (run.folder / "metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if isinstance(line, dict) and line["stage"] == stage][-1]
     path, sheet = run.folder / "report.md", f"sheets/{stage}_{last['step']:06d}.png"
     row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
            f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('test_loss', math.nan):.4f}",
@@ -1337,7 +1343,8 @@ def parse_args(argv=None):
     saved = read_options(args.run)
     if args.init_from and not saved:  # sizes are those of the weights
         source = {"preset": "v2", "image_size": PRESETS["v2"].image_size} | read_options(args.init_from)
-        parser.set_defaults(preset=source["preset"], image_size=source["image_size"])
+        parser.set_defaults(**{name: source[name] for name in ("preset", "image_size", "data", "data_dir")
+                               if name in source})
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.preset = args.preset or ("tiny" if args.data == "shapes" else "cifar" if args.data in CIFAR else "photos")
@@ -1391,7 +1398,7 @@ def begin(args, captions):
             Wuerstchen(config, tokenizer).save(args.run, stages=())
     counts = collections.Counter(captions)
     longer = sum(n for caption, n in counts.items() if tokenizer.overflow(caption)) / len(captions)
-    cut = f"; {longer:.1%} of the captions are longer, and are cut" if longer else ""
+    cut = f"; {longer:.1%} of the captions are longer than that, and are cut" if longer else ""
     print(f"tokenizer: a vocabulary of {len(tokenizer)} tokens, captions of up to {tokenizer.length} tokens{cut}")
 
 
@@ -1419,13 +1426,18 @@ def main(argv=None):
         begun = time.time()
         torch.manual_seed(args.seed)  # a stage gives the same result alone or as part of `all`
         run.pretrained = bool(args.init_from) and path.exists()
+        # All weights are new, except those of the stages that this one builds on and, after --init-from, its own.
         run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(run.device)
+        unfinished = run.folder / f"{stage}.ckpt"
+        for needed in (run.folder / f"{name}.pt" for name in NEEDS[stage] if unfinished.exists()):
+            if needed.stat().st_mtime > unfinished.stat().st_mtime:
+                raise UserError(f"{unfinished} is older than {needed}: delete it to begin stage {stage} again")
         TRAIN[stage](run)
         run.model.save_stage(run.folder, stage)
-        (run.folder / f"{stage}.ckpt").unlink(missing_ok=True)
         shutil.rmtree(run.folder / "cache", ignore_errors=True)
         plot_losses(run.folder)
         report(run, stage, time.time() - begun, machine)
+        unfinished.unlink(missing_ok=True)  # after the report, which reads the recipe in it
     print(f"{run.folder}: done in {time.time() - start:.0f} s")
     if (run.folder / "c.pt").exists():
         print(f'generate with it: python sample.py "..." --run {run.folder}')

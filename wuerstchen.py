@@ -8,7 +8,12 @@ trained in the order A -> B -> C and run in the order C -> B -> A:
     caption --TextEncoder--> text --StageC--> semantic latents --StageB--> latents --VQGAN decoder--> image
                                    (B, 24, 24, 16)          (B, 256, 256, 4)              (B, 1024, 1024, 3)
 
-Stage B reads the text too, with a text encoder of its own.
+Stage B reads the text too, with a text encoder of its own. In training, semantic latents come from images:
+
+    image --rescaled--> SemanticCompressor --> semantic latents
+
+Stage B's loss trains this compressor too, so they become what helps B most to generate the image. Then Stage C learns
+to generate them from text.
 
 Read this file from top to bottom:
 
@@ -98,7 +103,8 @@ class StageBConfig:
     cond_width: int = 1024  # width that text and semantic latents are mapped to
     patch: int = 2
     dropout: float = 0.1
-    token_width: int = 0  # above 0: B predicts Stage A's codes, with embeddings this wide (the paper's version 1)
+    # Above 0: B predicts Stage A's codes, with embeddings this wide (version 1); `sees_semantic` is all False.
+    token_width: int = 0
 
 
 @dataclass
@@ -135,7 +141,7 @@ class Config:
     @property
     def cells(self):
         """Side of the semantic latents at `image_size`. 128 px, rescaled to 96 -> 3"""
-        return math.ceil(self.rescale * self.image_size / 32)
+        return math.ceil(round(self.rescale * self.image_size) / 32)
 
     def grid(self, height, width):
         """Latent sizes for an image of height x width pixels, rounded as in the published model. Along each side, the
@@ -799,8 +805,8 @@ class StageB(nn.Module):
         for level, blocks, mapper in zip(levels, (*self.down, *self.up), self.semantic_mappers):
             h, w = (n // self.cfg.patch // 2**level for n in size)
             # align_corners: the corner cells of the small grid sit on the corner cells of the large one.
-            cells = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
-            conditions.append((cells, blocks.keys_values(text)))                            # (B, h, w, cond_width), ...
+            mapped = None if mapper is None else mapper(resize(semantic, h, w, align_corners=True))
+            conditions.append((mapped, blocks.keys_values(text)))                           # (B, h, w, cond_width), ...
         return conditions
 
     def predict_eps(self, x, t, conditions):
@@ -893,7 +899,7 @@ class StageC(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Diffusion, the same for B and C (sections 3.2 and 3.3; authors' code). Loss and sampling use only eps.
 #
-# To switch to v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, change both StageB and StageC:
+# Skip this on a first reading: to switch to v-prediction, v = √ᾱ·eps − √(1 − ᾱ)·x0, change both StageB and StageC:
 #
 #     out            without the factor 2, since there is one output, v, in place of two, a and b
 #     predict_eps    returns √ᾱ·v + √(1 − ᾱ)·x, which is eps, in place of what it computes from a and b (ᾱ has the shape
@@ -1183,7 +1189,7 @@ class Wuerstchen(nn.Module):
         tokenizers = [Tokenizer.load(path) for path in (folder / "tokenizer", folder / "tokenizer_b") if path.exists()]
         model = cls(Config.from_dict(read_json(folder / "config.json")), *tokenizers)
         for stage in stages:
-            weights = load_file(folder / f"{stage}.pt", map_location="cpu")
+            weights = load_file(folder / f"{stage}.pt")
             for name in STAGES[stage]:
                 if name in weights:
                     load_state(getattr(model, name), weights[name], f"{folder / stage}.pt")
@@ -1331,9 +1337,9 @@ def save_atomically(path, content):
 
 
 def load_file(path, **options):
-    """Loads what `save_atomically` wrote with torch.save. UserError for anything else."""
+    """Loads what `save_atomically` wrote with torch.save, onto the CPU. UserError for anything else."""
     try:
-        return torch.load(path, weights_only=True, **options)
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"can't read {path}: it may be damaged") from error
 
@@ -1447,7 +1453,7 @@ def read_weights(folder):
     weights = {}
     for path in paths:  # large components come in parts
         weights |= (read_safetensors(path) if path.suffix == ".safetensors" else
-                    load_file(path, map_location="cpu", mmap=True))
+                    load_file(path, mmap=True))
     return weights
 
 

@@ -235,7 +235,7 @@ class UserError(ValueError):
 
 
 def read_text(path: str | Path) -> str:
-    """The text in a file: UTF-8 or UTF-16, with or without a byte order mark; failing that, Windows-1252."""
+    """The text in a file: UTF-8, UTF-16 (if it has no byte order mark, mostly ASCII), or else Windows-1252."""
     data = Path(path).read_bytes()
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     if encoding != "utf-16" and data.count(0) > len(data) / 20:  # zeros are halves of ASCII characters in UTF-16
@@ -246,9 +246,9 @@ def read_text(path: str | Path) -> str:
         return data.decode("cp1252", errors="replace")
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path) -> dict | list:
     """What a JSON file holds. Raises UserError, with the name of the file, if it is not JSON."""
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
