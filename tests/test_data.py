@@ -127,6 +127,7 @@ def test_three_ways_to_give_captions(tmp_path):
     ("a,file_name,text,,\n,\u00e9.png,a red, round thing,,\n", "metadata.csv"),  # from a spreadsheet
     ("File_Name , Caption\ne\u0301.png,a red, round thing\n", "metadata.csv"),  # the accent by itself; a comma, spaces
     ("\r\n\ufefffile_name\ttext\r\n\u00e9.png\ta red, round thing\r\n", "METADATA.CSV"),
+    ("\tfile_name\ttext\n0\t\u00e9.png\ta red, round thing\n", "metadata.csv"),  # an index without a name
     ("file_name;text\r{place}/\u00e9.png;a red, round thing\r", "metadata.csv"),  # an absolute path; an old Mac's lines
     ('{{"file_name": " ./\u00e9.png", "text": ["a red, round thing"]}}\n' + "[" * 100_000, "metadata.jsonl")])
 def test_tables_as_people_write_them(tmp_path, table, name):

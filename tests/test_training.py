@@ -322,6 +322,17 @@ def test_a_stage_continues_from_given_weights(micro, tmp_path, stage):
         if not any(part in name for part in ("running", "num_batches", "a.scale", "c.latent")):
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4, msg=name)
     assert fine.generate(["a red star"], steps=(1, 1)).shape == (1, 64, 64, 3)
+    given, fine = (torch.load(path / "clip.pt", weights_only=True) for path in (micro, folder))
+    torch.testing.assert_close(given["text_projection.weight"], fine["text_projection.weight"], atol=1e-6, rtol=1e-4)
+
+
+def test_a_run_from_given_weights_has_their_data_unless_told_otherwise(tmp_path):
+    given = dict(preset="cifar", image_size=64, data="cifar10", data_dir="there")
+    (tmp_path / "options.json").write_text(json.dumps(given))
+    begin = ["c", "--init-from", str(tmp_path), "--run", str(tmp_path / "new")]
+    assert given.items() <= vars(train.parse_args(begin)).items()
+    other = train.parse_args([*begin, "--data", "folder", "--data-dir", "here"])
+    assert (other.preset, other.data, other.data_dir) == ("cifar", "folder", "here")
 
 
 def test_the_command_overrides_the_run_which_overrides_the_defaults(micro, tmp_path, monkeypatch):
@@ -378,7 +389,18 @@ def test_an_unfinished_stage_resumes_as_it_was_begun(micro, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "from step 4, steps 12 (begun with 9), lr 0.001 (begun with 0.002)\n" in said
     assert [row["step"] for row in metrics(folder)][-8:] == [*range(5, 13)]
+    assert (folder / "report.md").read_text().splitlines()[-1].split(" | ")[2:4] == ["12", "3"]  # steps, batch
     assert metrics(folder)[-8]["lr"] == pytest.approx(0.001 * (0.5 + 0.5 * math.cos(math.pi * 4 / 12)))
+
+
+def test_a_checkpoint_older_than_what_it_builds_on_is_refused(micro, tmp_path):
+    """With another Stage B, the semantic latents are others than those that C had learned."""
+    folder = shutil.copytree(micro, tmp_path / "run")
+    with killed_after(6):
+        train.main(["c", "--run", str(folder), *FEW])
+    os.utime(folder / "b.pt")
+    with pytest.raises(train.UserError, match="c.ckpt is older than .*b.pt: delete it to begin stage c again"):
+        train.main(["c", "--run", str(folder), *FEW])
 
 
 def test_a_checkpoint_resumes_in_another_precision(tmp_path):
