@@ -263,7 +263,8 @@ def parse_args(argv=None):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--film", help="also write an animated GIF that shows how the images emerge", metavar="GIF",
         type=functools.partial(image_file, save_all=True))
-    add("--reconstruct", help="images to compress and reconstruct", nargs="+", metavar="IMAGE")
+    add("--reconstruct", help="images to compress and reconstruct (give a PROMPT before them)", nargs="+",
+        metavar="IMAGE")
     add("--vary", help="decode an image's semantic latents with new noise in Stage B", nargs=1, metavar="IMAGE")
     add("--mix", help="interpolate between the semantic latents of two images", nargs=2, metavar="IMAGE")
     add("--redraw", help="change this image to fit the prompts", nargs=1, metavar="IMAGE")
@@ -272,6 +273,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not (args.prompts or args.reconstruct or args.vary or args.mix):
         parser.error("nothing to generate: give a PROMPT")
+    if (args.reconstruct or args.mix) and len(args.prompts) > 1:
+        parser.error("--reconstruct and --mix take one PROMPT at most")
     args.count = args.count or (7 if args.mix else 4 if args.vary else 1)
     return args
 
@@ -316,6 +319,9 @@ def generate(model, args):
     paths = args.reconstruct or args.mix or args.vary or args.redraw or (args.fill or [])[:1]
     given = torch.stack([to_tensor(load_image(path, size)) for path in paths]).to(model.device) if paths else None
     mask = load_mask(*args.fill, size).to(model.device) if args.fill else None
+    height, width = (4 * side for side in model.config.grid(*size)[1])
+    if not paths and [height, width] != size:
+        print(f"generating with height {height}, width {width}: the stages can't generate every size")
     if args.reconstruct:
         return make_sheet([given, *model.reconstruct(given, prompts, seeds, **b_options)],
                           [Path(path).name for path in paths])
@@ -345,8 +351,6 @@ def generate(model, args):
     n = max(1, 800_000 // (size[0] * size[1]))  # images that fit into memory at once
     images = torch.cat([generate_batch(prompts[i:i + n], seeds[i:i + n]) for i in range(0, len(prompts), n)])
     bar.close()
-    if list(images.shape[1:3]) != size:
-        print(f"generated with height {images.shape[1]}, width {images.shape[2]}: the stages can't generate every size")
     return to_sheet(images, args)
 
 

@@ -236,7 +236,7 @@ def test_a_prompt_that_is_too_long_is_reported(run, capsys):
 
 @pytest.mark.parametrize("command, message", [
     ("", "nothing to generate"), ("--redraw a.png", "nothing to generate"),
-    ("--vary a.png --mix a.png b.png", "allowed"),
+    ("--vary a.png --mix a.png b.png", "allowed"), ("a b --mix a.png b.png", "one PROMPT at most"),
     ("--fill a.png half.png cat --device mps", "--device mps: PyTorch"),
     ("cat --run none", "no none/config.json: train this run first"), ("--vary none.png", "none.png"),
     ("--vary options.json", "options.json"), ("--fill a.png cut.png cat", "truncated"),

@@ -205,7 +205,7 @@ def test_script_half_precision_and_saved_run_give_the_same_image(snapshot, tmp_p
     sample.main(["a cat", *command.split()])
     generated = model.generate(**options)
     assert np.array_equal(Image.open(tmp_path / "out.png"), sample.to_pil(generated[0]))
-    assert "generated with height 128, width 256: " in capsys.readouterr().out
+    assert "generating with height 128, width 256: " in capsys.readouterr().out
     half = Wuerstchen.from_official(snapshot, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert half.b.out.weight.dtype == torch.bfloat16 and (half.generate(**options) - generated).abs().mean() < 0.02
