@@ -212,14 +212,15 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    if p not in self.state:
-                        self.state[p]["mean"] = torch.zeros_like(p)
-                    mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-                    change = orthogonal(p.grad.lerp(mean, group["momentum"]), self.dtype)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    # The factor gives changes about the size of AdamW's.
-                    p.sub_(change, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                if p.grad is None:
+                    continue
+                if p not in self.state:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+                change = orthogonal(p.grad.lerp(mean, group["momentum"]), self.dtype)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # The factor gives changes about the size of AdamW's.
+                p.sub_(change, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 NEWTON_SCHULZ = ((8.14, -23.04, 16.40), (3.852, -2.764, 0.5085), (3.159, -2.283, 0.4573))  # a, b, c of each step
@@ -405,6 +406,11 @@ class Run:
     def autocast(self):
         """Matrix products in the run's precision, and attention by the kernel that is faster with it."""
         return computing(self.device.type, self.precision, plain_attention(self.device.type, self.precision))
+
+    def use(self, average):
+        """Puts averaged networks {name: network} into the model, which samples as a whole."""
+        for name, network in average.items():
+            setattr(self.model, name, network)
 
     def log(self, **numbers):
         """Adds a line to metrics.jsonl. Numbers that are NaN are left out, except "loss" and "test_loss"."""
@@ -675,17 +681,14 @@ def train_b(run):
                                      null_text=null_text)
         return losses.mean(), by_time(losses, t)
 
-    def use(average):  # the whole model samples with it
-        model.compressor, model.b = average["compressor"], average["b"]
-
     def preview(average, images, captions):
-        use(average)
+        run.use(average)
         return model.reconstruct(images, captions, seed=0)
 
     # The compressor starts from CLIP's image encoder and moves slowly, so that B can learn to read it.
-    use(fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview=preview,
-            test_batches=run.test_batches("b", compute),
-            lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1))
+    run.use(fit(run, "b", network, run.cached_batches(arrays), loss_fn, preview=preview,
+                test_batches=run.test_batches("b", compute),
+                lr_scale=lambda name: 0.2 if name.startswith("compressor") else 1))
 
 
 @torch.no_grad()
@@ -722,16 +725,13 @@ def train_c(run):
                                  *run.encode(network["text_c"], batch["captions"], "c"))
         return losses.mean(), by_time(losses, t)
 
-    def use(average):  # as in `train_b`
-        model.text_c, model.c = average["text_c"], average["c"]
-
     def preview(average, images, captions):
-        use(average)
+        run.use(average)
         return [*model.reconstruct(images, seed=0, guidance=1), model.generate(captions, seed=0)]
 
-    use(fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview=preview,
-            test_batches=run.test_batches("c", compute),
-            lr_scale=lambda name: 0.1 if name.startswith("text") else 1))  # at the full rate, it would forget
+    run.use(fit(run, "c", network, run.cached_batches(arrays), loss_fn, preview=preview,
+                test_batches=run.test_batches("c", compute),
+                lr_scale=lambda name: 0.1 if name.startswith("text") else 1))  # at the full rate, it would forget
 
 
 TRAIN = {"text": train_text, "a": train_a, "b": train_b, "c": train_c}
@@ -1218,12 +1218,18 @@ def plot(curves, x_label, y_label, log=False, circles=None):
     return image
 
 
+def read_log(folder):
+    """The lines of metrics.jsonl as dictionaries; a line that was cut off is left out."""
+    lines = map(parse_json, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if isinstance(line, dict)]
+
+
 def plot_losses(folder):
     """Plots the losses of all stages to curves.png, those of test images as circles; at most 50 points per curve, each
     the mean of several log lines."""
     losses, test_losses = {}, {}
-    for line in map(parse_json, (folder / "metrics.jsonl").read_text().splitlines()):
-        for curves, key in ((losses, "loss"), (test_losses, "test_loss")) if isinstance(line, dict) else ():
+    for line in read_log(folder):
+        for curves, key in ((losses, "loss"), (test_losses, "test_loss")):
             curve = curves.setdefault(line["stage"], [])
             while curve and curve[-1][0] >= line["step"]:  # resumed or trained again: drop the old points
                 curve.pop()
@@ -1247,8 +1253,7 @@ def peak_memory(device):
 
 def report(run, stage, seconds, machine):
     """Adds a finished stage to report.md, a table for comparing runs."""
-    lines = map(parse_json, (run.folder / "metrics.jsonl").read_text().splitlines())
-    last = [line for line in lines if isinstance(line, dict) and line["stage"] == stage][-1]
+    last = [line for line in read_log(run.folder) if line["stage"] == stage][-1]
     path, sheet = run.folder / "report.md", f"sheets/{stage}_{last['step']:06d}.png"
     row = (stage, f"{seconds / 60:.1f}", last["step"], run.recipe(stage).batch, f"{last['images_per_s']:.0f}",
            f"{peak_memory(run.device.type):.1f}", f"{last['loss']:.4f}", f"{last.get('test_loss', math.nan):.4f}",
@@ -1429,8 +1434,8 @@ def main(argv=None):
         # All weights are new, except those of the stages that this one builds on and, after --init-from, its own.
         run.model = Wuerstchen.load(run.folder, NEEDS[stage] + (stage,) * run.pretrained).to(run.device)
         unfinished = run.folder / f"{stage}.ckpt"
-        for needed in (run.folder / f"{name}.pt" for name in NEEDS[stage] if unfinished.exists()):
-            if needed.stat().st_mtime > unfinished.stat().st_mtime:
+        for needed in (run.folder / f"{name}.pt" for name in NEEDS[stage]):
+            if unfinished.exists() and needed.stat().st_mtime > unfinished.stat().st_mtime:
                 raise UserError(f"{unfinished} is older than {needed}: delete it to begin stage {stage} again")
         TRAIN[stage](run)
         run.model.save_stage(run.folder, stage)

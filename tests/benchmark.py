@@ -20,7 +20,6 @@ the number of CPU threads.
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tokenizer import Tokenizer  # noqa: E402
-from train import computing, pick_precision  # noqa: E402
+from train import computing, pick_precision, read_log  # noqa: E402
 from wuerstchen import PRESETS, VQGAN, StageB, StageC, Wuerstchen, diffusion_loss  # noqa: E402
 
 try:
@@ -196,7 +195,7 @@ def stages(bench):
     with tempfile.TemporaryDirectory() as folder:
         command = "train.py", "--run", folder, "--device", bench.device, "--steps=12", "--log-every=2", "--cache=256"
         subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, check=True, capture_output=True)
-        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        lines = read_log(Path(folder))
     print("\ntrain.py, preset tiny")
     for stage in ("text", "a", "b", "c"):
         # Logged speeds are means from step 0 on. The first steps are a warm-up: measure from the first logged one on.

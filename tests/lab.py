@@ -997,7 +997,9 @@ def main(argv=None):
     every = [str(number) for number in range(1, len(EXERCISES) + 1)]
     if not {*args.numbers} <= {*every, "all"}:
         parser.error(f"the exercises are numbered 1 to {len(every)}")
-    if args.command == "check" and not args.numbers and REFERENCE != HERE:
+    if args.command in ("check", "finale") and REFERENCE == HERE:
+        parser.error(f"{args.command} needs a working copy: python tests/lab.py start 3 8 10 --to DIR; cd DIR")
+    if args.command == "check" and not args.numbers:
         args.numbers = (REFERENCE / "numbers.txt").read_text().split()
     chosen = [int(number) for number in every if number in args.numbers or args.numbers in ([], ["all"])]
     if args.command == "list":
@@ -1010,8 +1012,6 @@ def main(argv=None):
         if args.to is None or args.to.exists() or HERE in args.to.resolve().parents:
             parser.error("--to DIR must be a new folder outside the project")
         start(chosen, args.to)
-    elif args.command in ("check", "finale") and REFERENCE == HERE:
-        parser.error(f"{args.command} needs a working copy: python tests/lab.py start 3 8 10 --to DIR; cd DIR")
     elif args.command == "check":
         sys.exit(not check(chosen))
     elif args.command == "finale":

@@ -65,7 +65,7 @@ def start_run(args, name, files, image_size=None, cells=None):
 def train_stage(stage, folder, *options):
     """Trains a stage of a run -> its lines of metrics.jsonl"""
     train.main([stage, "--run", str(folder), "--device", "cpu", *options])
-    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    lines = train.read_log(Path(folder))
     return [line for line in lines if line["stage"] == stage]
 
 
